@@ -1,0 +1,196 @@
+"""What watches the training: averaged weights, digit grids, a line for each epoch, and the files of `predict`."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter, WeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+
+from flowmatch_mnist.generate import generate
+from flowmatch_mnist.pictures import grid, save_npz, save_png
+
+
+class EMA(WeightAveraging):
+    """An exponential moving average of the weights, used for validation, for sampling, and in checkpoints.
+
+    The decay warms up as min(decay, (1 + n) / (10 + n)) over the steps n: a fixed decay of 0.999 would keep the random
+    weights of the start in the average for thousands of steps.
+
+    Args:
+        decay: how much of the average each step keeps, once warmed up, in [0, 1).
+
+    Raises:
+        ValueError: if `decay` is out of its range.
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"the decay of EMA must lie in [0, 1), got {decay}")
+        self.decay = decay
+        self._step = 0
+        super().__init__(multi_avg_fn=self._update)
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """After every optimizer step."""
+        if step_idx is not None:
+            self._step = step_idx
+        return step_idx is not None
+
+    @torch.no_grad()
+    def _update(self, averages: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:
+        # The step is known on the host: reading the count of updates would make a GPU wait.
+        decay = min(self.decay, (1 + self._step) / (10 + self._step))
+        torch._foreach_lerp_(averages, current, 1 - decay)
+
+    @property
+    def average(self) -> LightningModule | None:
+        """The averaged copy of the module, once a fit has begun."""
+        return None if self._average_model is None else self._average_model.module
+
+
+def averaged_net(trainer: Trainer, module: LightningModule) -> nn.Module:
+    """The network with its averaged weights, or as it is where nothing is averaged."""
+    averages = [callback.average for callback in trainer.callbacks if isinstance(callback, EMA)]
+    return next((average.net for average in averages if average is not None), module.net)
+
+
+class SampleDigits(Callback):
+    """Draws, with the averaged weights, a grid of digits and the way there, into TensorBoard and as PNG files.
+
+    The grid has one column for each class, and the same noise every time, so that the eye can follow each digit as it forms.
+    The strip shows one digit of each class in a row, from the noise on the left to the digit on the right. Files go to
+    `samples/` in the run's folder, beside `checkpoints/`. One process draws; the others wait for it at their next step.
+
+    Args:
+        every_n_epochs: how often to draw, in epochs; 0 is never.
+        every_n_steps: how often to draw, in optimizer steps; 0 is never.
+        rows: digits of each class in the grid.
+        seed: of the noise.
+    """
+
+    def __init__(self, every_n_epochs: int = 1, every_n_steps: int = 0, rows: int = 8, seed: int = 0) -> None:
+        if min(every_n_epochs, every_n_steps) < 0 or rows < 1:
+            raise ValueError("SampleDigits needs every_n_epochs and every_n_steps of at least 0, and rows of at least 1")
+        self.every_n_epochs = every_n_epochs
+        self.every_n_steps = every_n_steps
+        self.rows = rows
+        self.seed = seed
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Draw if it is a step for it."""
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self.draw(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw if it is an epoch for it."""
+        if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self.draw(trainer, pl_module)
+
+    def draw(self, trainer: Trainer, module: LightningModule) -> None:
+        """Draw now, log the pictures, and write the files."""
+        if not trainer.is_global_zero:
+            return
+        net = averaged_net(trainer, module)
+        labels = torch.arange(net.no_label).repeat(self.rows)
+        digits = generate(net, labels, module.sampler, seed=self.seed, keep_states=True)
+        assert digits.states is not None
+        way = digits.states[:, : net.no_label]  # (steps + 1, classes, H, W): the first row of the grid
+        pictures = {
+            "grid": grid(digits.images, columns=net.no_label),
+            "trajectory": grid(way.transpose(0, 1).flatten(0, 1), columns=len(way)),
+        }
+        for name, picture in pictures.items():
+            if trainer.log_dir:
+                save_png(picture, Path(trainer.log_dir) / "samples" / f"{name}-{trainer.global_step:06d}.png")
+            if isinstance(trainer.logger, TensorBoardLogger):
+                trainer.logger.experiment.add_image(f"digits/{name}", picture[None], trainer.global_step)
+
+
+class Report(Callback):
+    """Images per second into TensorBoard, and one line in the terminal for each validation.
+
+    The rate is of training alone. Its clock stops after each logged step and starts with the next batch, so that validation,
+    drawing and the first step (which may compile) do not count.
+    """
+
+    def __init__(self) -> None:
+        self._begun = 0.0
+        self._mark: float | None = None
+        self._images = 0
+        self._rate = float("nan")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of the whole run."""
+        self._begun = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock of the rate, if it stands still."""
+        if self._mark is None:
+            self._mark, self._images = time.perf_counter(), 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the batch; in a step that is logged, log the rate and stop the clock."""
+        assert self._mark is not None
+        self._images += len(batch[-1]) * trainer.world_size
+        if trainer.global_step == 1:
+            self._mark = None
+        elif trainer.global_step % trainer.log_every_n_steps == 0:
+            self._rate = self._images / (time.perf_counter() - self._mark)
+            pl_module.log("speed/images_per_second", self._rate)
+            self._mark = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock of the rate."""
+        self._mark = None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the line."""
+        if not trainer.is_global_zero or trainer.sanity_checking or not self._begun:
+            return
+        metrics = trainer.callback_metrics
+        minutes, seconds = divmod(round(time.perf_counter() - self._begun), 60)
+        print(
+            f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}: "
+            f"train loss {metrics['loss/train']:.4f}, val loss {metrics['loss/val']:.4f}, "
+            f"{self._rate:.0f} images/s, {minutes} min {seconds:02d} s",
+            flush=True,
+        )
+
+
+class WriteDigits(BasePredictionWriter):
+    """Writes what `predict` drew, arrays as `predictions.npz` and a grid as `predictions.png`, in the run's folder."""
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="epoch")
+
+    def write_on_epoch_end(self, trainer: Trainer, pl_module: LightningModule, predictions: Any, batch_indices: Any) -> None:
+        """Gather the shares of all processes, and write them in the order of the data."""
+        shares: list[Any] = [predictions]
+        if trainer.world_size > 1:
+            shares = [None] * trainer.world_size
+            torch.distributed.all_gather_object(shares, predictions)
+        if not trainer.is_global_zero:
+            return
+        batches = [interleave(share) for batch in zip(*shares, strict=True) for share in zip(*batch, strict=True)]
+        images, labels = torch.cat(batches[0::2]).cpu(), torch.cat(batches[1::2]).cpu()
+        folder = Path(trainer.log_dir or ".")
+        save_npz(images, labels, folder / "predictions.npz")
+        save_png(grid(images, columns=pl_module.net.no_label), folder / "predictions.png")
+        print(f"wrote {len(images)} digits to {folder / 'predictions.npz'} and {folder / 'predictions.png'}")
+
+
+def interleave(shares: Sequence[Tensor]) -> Tensor:
+    """Undo the sharing of a global batch, in which the n-th sample goes to rank n modulo the number of ranks."""
+    whole = torch.cat(list(shares))
+    for rank, share in enumerate(shares):
+        whole[rank :: len(shares)] = share
+    return whole

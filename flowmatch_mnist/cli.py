@@ -1,0 +1,201 @@
+"""The command line of `train.py`: Lightning's, with this project's callbacks, folders and error messages."""
+
+import logging
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from flowmatch_mnist.callbacks import EMA, Report, SampleDigits, WriteDigits
+from flowmatch_mnist.data import MNISTDataModule
+from flowmatch_mnist.errors import UserError, exit_on_error, one_line
+from flowmatch_mnist.generate import KEY, describe, newest_checkpoint, read_checkpoint
+from flowmatch_mnist.module import FlowMatching
+
+RUNS = Path("runs")
+DEFAULT_CONFIG = Path("configs/mnist.yaml")
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose complaints are one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong, and end with status 2."""
+        raise UserError(f"{one_line(message)[:600]}; see `python train.py fit --help`")
+
+
+class LogConfig(SaveConfigCallback):
+    """Keeps the resolved config beside the checkpoints, and shows it in TensorBoard's text tab."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if isinstance(trainer.logger, TensorBoardLogger):
+            text = self.parser.dump(self.config, skip_none=False)
+            trainer.logger.experiment.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()))
+
+
+def native_precision() -> str:
+    """bf16 mixed precision where the hardware computes in it, else 32 bits: emulated bf16 is far slower than fp32."""
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-mixed" if native else "32-true"
+
+
+def run_folder(checkpoint: Path) -> Path | None:
+    """The run `.../<name>/version_<n>` whose checkpoint this is, or None for a file that lies elsewhere."""
+    folder = checkpoint.resolve().parent.parent
+    return folder if checkpoint.parent.name == "checkpoints" and re.fullmatch(r"version_\d+", folder.name) else None
+
+
+def complete(arguments: list[str]) -> list[str]:
+    """Fill in what may be left out of a command line: `fit`, and the config.
+
+    Without a config, a checkpoint's run brings its own; otherwise it is `configs/mnist.yaml`.
+    """
+    if arguments[:1] in (["-h"], ["--help"]):
+        return arguments
+    if not arguments or arguments[0] not in SUBCOMMANDS:
+        arguments = ["fit", *arguments]
+    if any(argument in ("-c", "--config") or argument.startswith("--config=") for argument in arguments):
+        return arguments
+    config = DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else Path(__file__).resolve().parent.parent / DEFAULT_CONFIG
+    checkpoint = option(arguments, "--ckpt_path")
+    if checkpoint is not None:
+        folder = run_folder(find_checkpoint(checkpoint, option(arguments, "--name") or "*"))
+        if folder is not None and (folder / "config.yaml").is_file():
+            config = folder / "config.yaml"
+    return [arguments[0], "--config", str(config), *arguments[1:]]
+
+
+def option(arguments: list[str], name: str) -> str | None:
+    """The value given to an option, as `--name value` or `--name=value`."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == name:
+            return following
+        if argument.startswith(name + "="):
+            return argument.removeprefix(name + "=")
+    return None
+
+
+def find_checkpoint(wanted: str, name: str) -> Path:
+    """A checkpoint by its path; or `last` or `best`, that of the newest run called `name`."""
+    return newest_checkpoint(RUNS, name, f"{wanted}.ckpt") if wanted in ("last", "best") else Path(wanted)
+
+
+class CLI(LightningCLI):
+    """Lightning's command line for `FlowMatching` on MNIST.
+
+    Runs go to `runs/<name>/version_<n>/`. `--ckpt_path last` (or `best`) is the newest run of that name, and `fit` goes on in
+    that run's folder; `fit` from the path of a checkpoint starts a new version.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--name", type=str, default="mnist", help="The run's name: it goes to runs/<name>/version_<n>/.")
+        parser.add_lightning_class_args(EMA, "ema")
+        parser.add_lightning_class_args(SampleDigits, "sampling")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "loss/val",
+                "checkpoint.filename": "best",
+                "checkpoint.save_last": True,
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+        for target in ("model.seed", "data.seed"):
+            parser.link_arguments("seed_everything", target, compute_fn=int)
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        self.folder: Path | None = None
+        if config.trainer.precision is None:
+            config.trainer.precision = native_precision()
+        if config.ckpt_path is not None:
+            checkpoint = find_checkpoint(config.ckpt_path, config.name)
+            read_checkpoint(checkpoint)
+            if self.subcommand != "fit" or config.ckpt_path in ("last", "best"):
+                self.folder = run_folder(checkpoint)
+            config.ckpt_path = str(checkpoint)
+        if self.subcommand != "fit":
+            self.save_config_callback = None
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise UserError(f"{one_line(error)[:600]}; mend the config or the command line") from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        settings = self._get(self.config_init, "trainer")
+        callbacks = [Report(), WriteDigits()]
+        if settings.enable_progress_bar is not False:
+            callbacks.append(RichProgressBar())
+        self.trainer_defaults["callbacks"] = callbacks
+        if settings.logger in (None, True):
+            if self.folder is not None:
+                place = {
+                    "save_dir": self.folder.parent.parent,
+                    "name": self.folder.parent.name,
+                    "version": self.folder.name,
+                }
+            else:
+                place = {"save_dir": RUNS, "name": self._get(self.config, "name")}
+            kwargs["logger"] = TensorBoardLogger(**place, default_hp_metric=False)
+        return super().instantiate_trainer(**kwargs)
+
+    def after_instantiate_classes(self) -> None:
+        checkpoint = self._get(self.config, "ckpt_path")
+        wanted = describe(self.model.net)
+        if checkpoint is not None:
+            held = read_checkpoint(Path(checkpoint))[KEY]
+            if held != wanted:
+                raise UserError(
+                    f"{checkpoint} holds {held['network']}({held['arguments']}), but the config asks for "
+                    f"{wanted['network']}({wanted['arguments']}); give the --config it was trained with, or none"
+                )
+            print(f"{'going on from' if self.subcommand == 'fit' else 'using'} {checkpoint}", flush=True)
+        if self.subcommand == "fit" and self.trainer.is_global_zero:
+            size = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
+            print(
+                f"training {wanted['network']} ({size:.2f} M parameters) on {self.trainer.world_size} x "
+                f"{self.trainer.strategy.root_device.type} in {self.trainer.precision}, "
+                f"into {self.trainer.log_dir or 'no folder'}",
+                flush=True,
+            )
+
+
+def main() -> None:
+    """Run the command line; mistakes end with one line and status 2."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    log = logging.getLogger("flowmatch_mnist")
+    log.addHandler(logging.StreamHandler())
+    log.setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", message=".*treespec.*LeafSpec.*")  # Lightning's own, of PyTorch's newest versions
+    torch.set_float32_matmul_precision("high")
+    with exit_on_error():
+        try:
+            sys.argv[1:] = complete(sys.argv[1:])
+            CLI(
+                FlowMatching,
+                MNISTDataModule,
+                parser_class=Parser,
+                save_config_callback=LogConfig,
+                save_config_kwargs={"overwrite": True},
+                seed_everything_default=0,
+                trainer_defaults={"enable_model_summary": False, "num_sanity_val_steps": 0},
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+            )
+        except MisconfigurationException as error:
+            raise UserError(error) from error

@@ -1,0 +1,190 @@
+"""The data module: real digits out of memory, and with them, for each batch, the noise they are paired with."""
+
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from flowmatch_mnist import mnist, streams
+from flowmatch_mnist.generate import draw_noise
+
+Pairs = tuple[Tensor, Tensor, Tensor]
+"""(x0, x1, y): noise and data (B, 1, 28, 28), labels int64 (B,)."""
+
+
+class Batches:
+    """Batches cut out of tensors that live in memory: each is one indexed slice.
+
+    Together the processes see every sample of an epoch once: the n-th sample of a global batch goes to rank n modulo
+    `world_size`, so that the global batches are the same for any number of processes. The order is a pure function of
+    (seed, epoch), and the place in it can be saved and restored.
+
+    Args:
+        tensors: equally long; a batch is a tuple of their slices.
+        batch_size: samples of the global batch, a multiple of `world_size`.
+        rank, world_size: which share of each batch is this process's.
+        seed: of the order; None keeps the order of the tensors.
+        epoch: asked at the start of each pass.
+        drop_last: whether to leave out a last batch that is not full.
+    """
+
+    def __init__(
+        self,
+        *tensors: Tensor,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int | None = None,
+        epoch: Callable[[], int] = lambda: 0,
+        drop_last: bool = False,
+    ) -> None:
+        self.tensors = tensors
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.epoch = epoch
+        self.drop_last = drop_last
+        self._done = 0
+        self._resume_from = 0
+
+    def __len__(self) -> int:
+        samples = len(self.tensors[0])
+        return samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        # A generator: the epoch is asked when the first batch is, by which time the trainer has counted it.
+        samples = len(self.tensors[0])
+        order = torch.arange(samples)
+        if self.seed is not None:
+            order = torch.randperm(samples, generator=streams.generator("cpu", self.seed, "order", self.epoch()))
+        first, self._resume_from = self._resume_from, 0
+        for batch in range(first, len(self)):
+            mine = order[batch * self.batch_size : (batch + 1) * self.batch_size][self.rank :: self.world_size]
+            self._done = batch + 1
+            yield tuple(tensor[mine] for tensor in self.tensors)
+
+    def state_dict(self) -> dict[str, int]:
+        """The place in the epoch, in batches."""
+        return {"done": self._done % len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Begin the next pass where the saved one stood."""
+        self._resume_from = state["done"]
+
+
+class MNISTDataModule(LightningDataModule):
+    """MNIST's official split, 60,000 digits for training and 10,000 for test; validation is held out of training.
+
+    Args:
+        data_dir: where the four files are, or are put; see `mnist.prepare`.
+        batch_size: training images per step and process.
+        val_size: how many training images are held out for validation, 1 to 59,999.
+        eval_batch_size: images per step of validation and test, shared between the processes.
+        predict_per_class: how many digits of each class `predict` draws.
+        seed: of the noise and of the data order; the command line sets it from `seed_everything`.
+
+    Raises:
+        ValueError: if a size is out of its range.
+    """
+
+    def __init__(
+        self,
+        data_dir: str = "data",
+        batch_size: int = 128,
+        val_size: int = 5000,
+        eval_batch_size: int = 500,
+        predict_per_class: int = 10,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if min(batch_size, eval_batch_size, predict_per_class) < 1 or not 1 <= val_size <= 60_000 - batch_size:
+            raise ValueError(
+                "batch sizes and predict_per_class must be at least 1, and val_size must leave a batch of the 60,000 to train "
+                f"on, got batch_size {batch_size}, eval_batch_size {eval_batch_size}, val_size {val_size}"
+            )
+        self.data_dir = Path(data_dir)
+        self.batch_size = batch_size
+        self.val_size = val_size
+        self.eval_batch_size = eval_batch_size
+        self.predict_per_class = predict_per_class
+        self.seed = seed
+        self.splits: dict[str, tuple[Tensor, ...]] = {}
+        self._untrained_batches = count()
+
+    def prepare_data(self) -> None:
+        """Fetch what is missing. Lightning calls this in one process of each machine."""
+        mnist.prepare(self.data_dir)
+
+    def setup(self, stage: str) -> None:
+        """Read the splits that the stage needs into memory."""
+        if stage in ("fit", "validate") and "train" not in self.splits:
+            images, labels = mnist.load(self.data_dir, "train")
+            # The same digits are held out in every run, whatever its seed: validation losses can be compared.
+            order = torch.randperm(len(images), generator=streams.generator("cpu", "validation split"))
+            held_out, kept = order[: self.val_size], order[self.val_size :]
+            self.splits["train"] = (images[kept], labels[kept])
+            self.splits["val"] = (images[held_out], labels[held_out], self.fixed_noise("val", len(held_out)))
+        if stage == "test" and "test" not in self.splits:
+            images, labels = mnist.load(self.data_dir, "test")
+            self.splits["test"] = (images, labels, self.fixed_noise("test", len(images)))
+
+    @staticmethod
+    def fixed_noise(split: str, samples: int) -> Tensor:
+        """The noise of an evaluation, the same in every epoch and run: float32 (samples, 1, 28, 28)."""
+        return torch.randn(samples, 1, 28, 28, generator=streams.generator("cpu", "fixed noise", split))
+
+    def train_dataloader(self) -> Batches:
+        """Batches (images uint8 (B, 28, 28), labels (B,)) in an order that is a function of (seed, epoch)."""
+        rank, world_size = self._place
+        return Batches(
+            *self.splits["train"],
+            batch_size=self.batch_size * world_size,
+            rank=rank,
+            world_size=world_size,
+            seed=self.seed,
+            epoch=lambda: self.trainer.current_epoch if self.trainer else 0,
+            drop_last=True,
+        )
+
+    def val_dataloader(self) -> Batches:
+        """Batches (images, labels, fixed noise), always in the same order."""
+        return self._in_order(*self.splits["val"], batch_size=self.eval_batch_size)
+
+    def test_dataloader(self) -> Batches:
+        """Batches (images, labels, fixed noise), always in the same order."""
+        return self._in_order(*self.splits["test"], batch_size=self.eval_batch_size)
+
+    def predict_dataloader(self) -> Batches:
+        """Batches (noise, labels): the digits 0 to 9 in turn, with the noise that `sample.py` would give them."""
+        labels = torch.arange(10).repeat(self.predict_per_class)
+        noise = draw_noise(len(labels), (1, 28, 28), streams.generator("cpu", self.seed, "sampling"))
+        return self._in_order(noise, labels, batch_size=self.eval_batch_size)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """On the batch's device: scale the images to [-1, 1] and pair them with noise.
+
+        A training batch gets noise of its own, a function of (seed, step, rank); an evaluation batch brings its fixed noise.
+        """
+        if self.trainer is not None and self.trainer.predicting:
+            return batch
+        images, y, *fixed_noise = batch
+        x1 = images[:, None].float() / 127.5 - 1
+        if fixed_noise:
+            return fixed_noise[0], x1, y
+        step = streams.step(self.trainer) if self.trainer else next(self._untrained_batches)
+        noise = streams.generator(x1.device, self.seed, "noise", step, self._place[0])
+        return torch.randn(x1.shape, generator=noise, device=x1.device), x1, y
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        """(rank, number of processes)."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _in_order(self, *tensors: Tensor, batch_size: int) -> Batches:
+        rank, world_size = self._place
+        return Batches(*tensors, batch_size=batch_size, rank=rank, world_size=world_size)

@@ -1,0 +1,34 @@
+"""What a person is told when something they gave cannot be used: one line, exit status 2, no traceback."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend. The message says what, where, and what to do."""
+
+
+def one_line(message: object) -> str:
+    """Fold a message onto a single line."""
+    return " ".join(str(message).split())
+
+
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """Turn errors that are the user's to mend, or the disk's, into one line on stderr and exit status 2.
+
+    An interrupt from the keyboard ends with status 130, as shells expect.
+    """
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
+        print(f"error: {one_line(what)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

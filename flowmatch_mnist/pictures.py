@@ -1,0 +1,77 @@
+"""Digits on disk: grids, strips and animations, each written whole or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from flowmatch_mnist.errors import UserError
+
+BORDER = 1
+"""Pixels of grey around each digit of a grid, before scaling."""
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Images from [-1, 1], what lies outside cut off, to grey levels 0..255: float (...) -> uint8 (...)."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def grid(images: Tensor, columns: int, scale: int = 4) -> Tensor:
+    """Lay images in rows of `columns`: uint8 (N, H, W) -> uint8 (rows (H+2) scale, columns (W+2) scale).
+
+    Places that N does not fill stay black; each pixel becomes `scale` by `scale` pixels.
+    """
+    rows = -(-len(images) // columns)
+    cells = F.pad(images, (0, 0, 0, 0, 0, rows * columns - len(images)))
+    cells = F.pad(cells, (BORDER, BORDER, BORDER, BORDER), value=64)
+    height, width = cells.shape[1:]
+    sheet = cells.view(rows, columns, height, width).transpose(1, 2).reshape(rows * height, columns * width)
+    return sheet.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; it takes the place of `path` once the block ends without an error.
+
+    Folders on the way are made.
+
+    Raises:
+        UserError: if the folder cannot be made or written to.
+    """
+    # The ending stays, since the writers choose their format by it.
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+    finally:
+        if temporary.is_file():
+            temporary.unlink()
+
+
+def save_png(sheet: Tensor, path: Path) -> None:
+    """Write a grid, uint8 (H, W), as a PNG."""
+    with replacing(path) as temporary:
+        Image.fromarray(sheet.numpy()).save(temporary)
+
+
+def save_gif(frames: Tensor, path: Path, milliseconds: int = 80, hold: int = 1200) -> None:
+    """Write grids, uint8 (T, H, W), as an endless animation that holds its last frame."""
+    first, *rest = (Image.fromarray(frame.numpy()) for frame in frames)
+    durations = [milliseconds] * len(rest) + [hold]
+    with replacing(path) as temporary:
+        first.save(temporary, save_all=True, append_images=rest, duration=durations, loop=0)
+
+
+def save_npz(images: Tensor, labels: Tensor, path: Path) -> None:
+    """Write arrays `images` uint8 (N, H, W) and `labels` int64 (N,) as a compressed NumPy archive."""
+    with replacing(path) as temporary:
+        np.savez_compressed(temporary, images=images.numpy(), labels=labels.numpy())

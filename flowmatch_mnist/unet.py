@@ -1,0 +1,201 @@
+"""The velocity field v(x, t, y): a small UNet conditioned on time and on the digit's class.
+
+    x ── stem ── encoder 28 ──────── skip ──────── decoder 28 ── head ── v
+                     └─ encoder 14 ── skip ── decoder 14 ─┘
+                            └─ encoder 7 ─ skip ─ decoder 7 ─┘
+                                    └── middle ──┘
+
+A convolution at 28x28 costs sixteen times the same one at 7x7, so the first stage is thin and the width sits below it.
+
+Sources: Ronneberger et al. 2015 (UNet); Ho et al. 2020, appendix B (time embedding, attention at the coarsest scale);
+Dhariwal and Nichol 2021, section 3 (adaptive group normalisation); Goyal et al. 2017 (zero-initialised last layers).
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class TimeEmbedding(nn.Module):
+    """Sines and cosines of t, then a two-layer perceptron: t (B,) in [0, 1] -> (B, dim).
+
+    The angular frequencies run geometrically from 1 to `max_frequency` radians per unit of t: Vaswani et al. 2017,
+    section 3.5, with t in place of the position.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, dim: int, features: int = 64, max_frequency: float = 100.0) -> None:
+        super().__init__()
+        exponents = torch.linspace(0, 1, features // 2)
+        self.register_buffer("frequencies", max_frequency**exponents, persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(features, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = t[:, None].float() * self.frequencies
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group normalisation with eight groups, or as many as divide the channels."""
+    return nn.GroupNorm(math.gcd(8, channels), channels)
+
+
+def zero_(layer: nn.Conv2d) -> nn.Conv2d:
+    """Start the layer at zero: the block it ends starts as the identity, the head as the zero field."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions beside a short cut; the embedding scales and shifts the second normalisation.
+
+    Shapes: x (B, channels, H, W), embedding (B, embedding_dim) -> (B, out_channels, H, W).
+    """
+
+    def __init__(self, channels: int, out_channels: int, embedding_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = group_norm(channels)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.modulation = nn.Linear(embedding_dim, 2 * out_channels)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero_(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.norm2(h) * (1 + scale) + shift
+        return self.shortcut(x) + self.conv2(self.dropout(F.silu(h)))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention between all places of the image, beside a short cut: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels: int, head_dim: int = 32) -> None:
+        super().__init__()
+        self.heads = max(1, channels // head_dim)
+        if channels % self.heads:
+            raise ValueError(f"attention needs channels divisible by its {self.heads} heads, got {channels}")
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero_(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        qkv = self.qkv(self.norm(x)).view(batch, 3, self.heads, channels // self.heads, height * width)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(h.transpose(-1, -2).reshape(batch, channels, height, width))
+
+
+class Stage(nn.Module):
+    """Residual blocks at one resolution, and attention after them if asked for."""
+
+    def __init__(self, channels: int, out_channels: int, blocks: int, attention: bool, **block: float) -> None:
+        super().__init__()
+        widths = [channels] + [out_channels] * blocks
+        self.blocks = nn.ModuleList(ResidualBlock(i, o, **block) for i, o in pairwise(widths))
+        self.attention = SelfAttention(out_channels) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, embedding)
+        return self.attention(x)
+
+
+class UNet(nn.Module):
+    """A class-conditioned UNet with one skip connection from every encoder stage to its decoder stage.
+
+    Args:
+        channels: width of each stage, finest (28x28) first; each further stage halves the resolution.
+        blocks: residual blocks in each stage, in the encoder and again in the decoder.
+        attention: for each stage, whether self-attention follows its blocks.
+        classes: number of labels; label `classes` itself means "no label" (for guidance).
+        embedding_dim: width of the embedding of time and label.
+        image_channels: channels of x and of v.
+        image_size: height and width of x, divisible by 2 for every stage but the first.
+        dropout: probability of dropping an activation inside a residual block, in [0, 1).
+
+    Attributes:
+        arguments: all of the above, as plain values: what a checkpoint needs to build the same network again.
+        no_label: the label that means "no label".
+        image_shape: (image_channels, image_size, image_size).
+
+    Raises:
+        ValueError: if `channels`, `blocks` and `attention` are not equally many, a width is not positive, or the image
+            cannot be halved often enough.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (16, 48, 96),
+        blocks: Sequence[int] = (1, 1, 2),
+        attention: Sequence[bool] = (False, False, True),
+        classes: int = 10,
+        embedding_dim: int = 128,
+        image_channels: int = 1,
+        image_size: int = 28,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not len(channels) == len(blocks) == len(attention) or not channels:
+            raise ValueError(
+                "channels, blocks and attention need one entry for each stage, "
+                f"got {list(channels)}, {list(blocks)} and {list(attention)}"
+            )
+        if min(*channels, *blocks, classes, embedding_dim, image_channels) < 1:
+            raise ValueError("channels, blocks, classes, embedding_dim and image_channels must be positive")
+        if image_size % 2 ** (len(channels) - 1):
+            raise ValueError(
+                f"{len(channels)} stages halve the image {len(channels) - 1} times, which {image_size} is not fit for"
+            )
+        self.arguments = {
+            "channels": list(channels),
+            "blocks": list(blocks),
+            "attention": list(attention),
+            "classes": classes,
+            "embedding_dim": embedding_dim,
+            "image_channels": image_channels,
+            "image_size": image_size,
+            "dropout": dropout,
+        }
+        self.no_label = classes
+        self.image_shape = (image_channels, image_size, image_size)
+        self.time = TimeEmbedding(embedding_dim)
+        self.label = nn.Embedding(classes + 1, embedding_dim)
+        block = {"embedding_dim": embedding_dim, "dropout": dropout}
+
+        self.stem = nn.Conv2d(image_channels, channels[0], 3, padding=1)
+        self.encoder, self.down = nn.ModuleList(), nn.ModuleList()
+        self.decoder, self.up = nn.ModuleList(), nn.ModuleList()
+        for width, depth, attend in zip(channels, blocks, attention, strict=True):
+            self.encoder.append(Stage(width, width, depth, attend, **block))
+            self.decoder.append(Stage(2 * width, width, depth, attend, **block))
+        for fine, coarse in pairwise(channels):
+            self.down.append(nn.Conv2d(fine, coarse, 2, stride=2))
+            self.up.append(nn.ConvTranspose2d(coarse, fine, 2, stride=2))
+        self.middle = Stage(channels[-1], channels[-1], 1, attention[-1], **block)
+        self.head = nn.Sequential(
+            group_norm(channels[0]), nn.SiLU(), zero_(nn.Conv2d(channels[0], image_channels, 3, padding=1))
+        )
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The field at x (B, image_channels, H, W), t (B,) in [0, 1], y (B,) in 0..classes; same shape as x."""
+        embedding = F.silu(self.time(t) + self.label(y))
+        h = self.stem(x)
+        skips = []
+        for level, stage in enumerate(self.encoder):
+            h = stage(self.down[level - 1](h) if level else h, embedding)
+            skips.append(h)
+        h = self.middle(h, embedding)
+        for level in reversed(range(len(skips))):
+            h = self.decoder[level](torch.cat([h, skips[level]], dim=1), embedding)
+            h = self.up[level - 1](h) if level else h
+        return self.head(h)

@@ -1,0 +1,61 @@
+"""What the tests share: real MNIST by the project's own way of getting it, and a tiny trained run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowmatch_mnist import mnist
+from flowmatch_mnist.unet import UNet
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = Path(__file__).with_name("tiny.yaml")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of the genuine files, fetched if need be."""
+    folder = ROOT / "data"
+    mnist.prepare(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_net() -> UNet:
+    """A small network with nothing at zero, so that every part of it matters."""
+    torch.manual_seed(0)
+    net = UNet(channels=(4, 8, 8), blocks=(1, 1, 1))
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return net.eval()
+
+
+def run(script: str, *arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run train.py or sample.py as a person would, in a process of its own."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    env = os.environ | {"COLUMNS": "200"} | environment
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+
+def assert_one_line_error(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """The process ended with status 2 and one line on stderr that has these words in it."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
+    """A folder in which `train.py` ran the tiny config to its end; the run is runs/tiny/version_0."""
+    folder = tmp_path_factory.mktemp("tiny")
+    done = run("train.py", "--config", TINY, "--data.data_dir", data_dir, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "stdout").write_text(done.stdout)
+    (folder / "stderr").write_text(done.stderr)
+    return folder

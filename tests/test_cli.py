@@ -1,0 +1,190 @@
+"""`train.py` as a person runs it: what it writes, how it goes on, and what it says of mistakes."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TINY, assert_one_line_error, run
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from flowmatch_mnist.generate import load
+
+
+def events(version: Path) -> EventAccumulator:
+    return EventAccumulator(str(version), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
+
+
+def test_a_run_leaves_config_checkpoints_pictures_and_events(tiny_run):
+    version = tiny_run / "runs" / "tiny" / "version_0"
+    assert sorted(path.name for path in (version / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    config = yaml.safe_load((version / "config.yaml").read_text())
+    assert config["model"]["optimizer"]["init_args"]["lr"] == 2e-3 and config["trainer"]["precision"] is not None
+    for step in ("000006", "000012"):
+        with Image.open(version / "samples" / f"grid-{step}.png") as grid:
+            assert grid.size == (10 * 30 * 4, 2 * 30 * 4), "one column for each digit, two rows"
+        with Image.open(version / "samples" / f"trajectory-{step}.png") as strip:
+            assert strip.size == (3 * 30 * 4, 10 * 30 * 4), "one row for each digit, from noise to digit in two steps"
+    log = events(version)
+    scalars = {
+        "loss/train",
+        "loss/val",
+        "optimizer/learning_rate",
+        "optimizer/gradient_norm",
+        "speed/images_per_second",
+    }
+    assert scalars < set(log.Tags()["scalars"])
+    assert len([tag for tag in log.Tags()["scalars"] if tag.startswith("loss_by_time/val")]) == 5
+    assert set(log.Tags()["images"]) == {"digits/grid", "digits/trajectory"}
+    assert "config/text_summary" in log.Tags()["tensors"]
+    assert "lr: 0.002" in log.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+
+
+def test_what_it_prints_is_few_lines(tiny_run):
+    lines = (tiny_run / "stdout").read_text().splitlines()
+    assert lines[0].startswith("training UNet (0.05 M parameters) on 1 x ") and lines[0].endswith("runs/tiny/version_0")
+    assert [line for line in lines if line.startswith("epoch 2, step 12: train loss")]
+    assert (tiny_run / "stderr").read_text() == ""
+
+
+def test_a_second_run_leaves_the_first_as_it_is_and_options_override_the_config(tiny_run, data_dir, tmp_path):
+    shutil.copytree(tiny_run / "runs", tmp_path / "runs")
+    before = (tmp_path / "runs/tiny/version_0/checkpoints/last.ckpt").read_bytes()
+    arguments = [
+        "--config",
+        TINY,
+        "--data.data_dir",
+        data_dir,
+        "--model.optimizer.lr",
+        "1e-4",
+        "--trainer.max_epochs",
+        1,
+    ]
+    done = run("train.py", "fit", *arguments, "--model.net.channels", "[4,4,4]", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/tiny/version_0/checkpoints/last.ckpt").read_bytes() == before
+    config = yaml.safe_load((tmp_path / "runs/tiny/version_1/config.yaml").read_text())
+    assert config["model"]["optimizer"] == {
+        "class_path": "torch.optim.AdamW",
+        "init_args": config["model"]["optimizer"]["init_args"],
+    }
+    assert config["model"]["optimizer"]["init_args"]["lr"] == 1e-4
+    assert load(tmp_path / "runs/tiny/version_1/checkpoints/last.ckpt").arguments["channels"] == [4, 4, 4]
+
+
+def test_last_goes_on_in_the_same_folder_with_the_same_config(tiny_run, tmp_path):
+    shutil.copytree(tiny_run / "runs", tmp_path / "runs")
+    done = run("train.py", "--ckpt_path", "last", "--trainer.max_epochs", 3, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "going on from runs/tiny/version_0/checkpoints/last.ckpt" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "runs/tiny").iterdir()) == ["version_0"]
+    assert (tmp_path / "runs/tiny/version_0/samples/grid-000018.png").is_file()
+    losses = events(tmp_path / "runs/tiny/version_0").Scalars("loss/val")
+    assert [event.step for event in losses] == [5, 11, 17]
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test"])
+def test_validate_and_test_need_only_the_checkpoint(tiny_run, subcommand):
+    done = run("train.py", subcommand, "--ckpt_path", "runs/tiny/version_0/checkpoints/last.ckpt", cwd=tiny_run)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"loss/{subcommand[:3] if subcommand == 'validate' else 'test'}" in done.stdout
+    assert sorted(path.name for path in (tiny_run / "runs/tiny").iterdir()) == ["version_0"]
+
+
+def test_predict_writes_the_digits_that_sample_draws(tiny_run, tmp_path):
+    done = run("train.py", "predict", "--ckpt_path", "best", "--data.predict_per_class", 2, cwd=tiny_run)
+    assert done.returncode == 0, done.stdout + done.stderr
+    predicted = np.load(tiny_run / "runs/tiny/version_0/predictions.npz")
+    out = tmp_path / "sampled.npz"
+    best = "runs/tiny/version_0/checkpoints/best.ckpt"
+    arguments = ["0-9", "--per-class", 2, "--checkpoint", best, "--steps", 2, "--out", out]
+    assert run("sample.py", *arguments, cwd=tiny_run).returncode == 0
+    sampled = np.load(out)
+    assert (predicted["labels"] == sampled["labels"]).all()
+    assert abs(predicted["images"].astype(int) - sampled["images"]).max() <= 1
+
+
+def test_two_processes_see_different_data_and_noise_and_keep_equal_weights(tmp_path, data_dir):
+    devices = ["--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.strategy", "ddp"]
+    done = run("tests/two_ranks.py", "--config", TINY, "--data.data_dir", data_dir, *devices, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    for batch_a, batch_b in zip(ranks[0]["batches"], ranks[1]["batches"], strict=True):
+        noise = torch.corrcoef(torch.stack([batch_a[0].flatten(), batch_b[0].flatten()]))[0, 1]
+        assert abs(noise) < 0.05
+        assert not torch.equal(batch_a[1], batch_b[1])
+    for a, b in zip(ranks[0]["weights"], ranks[1]["weights"], strict=True):
+        assert torch.equal(a, b)
+    assert ranks[0]["val"] == ranks[1]["val"], "validation is the mean over both"
+    versions = list((tmp_path / "runs/tiny").iterdir())
+    assert [version.name for version in versions] == ["version_0"]
+    assert len(list(versions[0].glob("events.*"))) == 1, "one process logs"
+    assert len(list((versions[0] / "samples").glob("grid-*.png"))) == 2, "and one draws"
+    assert done.stdout.count("epoch 2, step 12:") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["--model.widht", "3"], ["model.widht"]),
+        (["--trainer.max_epochs", "many"], ["max_epochs", "many"]),
+        (["--model.times", "Sometimes"], ["Sometimes"]),
+        (["--model.net.channels", "[8,8]"], ["one entry for each stage"]),
+        (["--model.label_dropout", "2"], ["label_dropout"]),
+        (["--model.sampler.solver", "leapfrog"], ["leapfrog", "midpoint"]),
+        (["--data.val_size", "60000"], ["val_size"]),
+        (["--ema.decay", "1.5"], ["decay"]),
+        (["--trainer.accelerator", "abacus"], ["abacus"]),
+        (["--ckpt_path", "nowhere.ckpt"], ["nowhere.ckpt"]),
+        (["--ckpt_path", "last", "--name", "never"], ["runs/never"]),
+        (["--ckpt_path", "broken.ckpt"], ["broken.ckpt", "damaged"]),
+        (["--ckpt_path", "other.ckpt"], ["other.ckpt", "the config asks for"]),
+        (["--config", "broken.yaml"], ["broken.yaml"]),
+        (["--config", "unknown.yaml"], ["learning_rate"]),
+        (["--data.data_dir", "broken.yaml/data"], ["broken.yaml/data"]),
+        (["--trainer.logger", "false", "--trainer.default_root_dir", "broken.yaml/x"], ["broken.yaml"]),
+    ],
+)
+def test_mistakes_get_one_line(tiny_run, tmp_path, data_dir, arguments, words):
+    whole = (tiny_run / "runs/tiny/version_0/checkpoints/last.ckpt").read_bytes()
+    (tmp_path / "broken.ckpt").write_bytes(whole[: len(whole) // 2])
+    other = torch.load(tiny_run / "runs/tiny/version_0/checkpoints/last.ckpt", weights_only=True)
+    other["flowmatch_mnist"]["arguments"]["channels"] = [4, 4, 4]
+    torch.save(other, tmp_path / "other.ckpt")
+    (tmp_path / "broken.yaml").write_text("model: [")
+    (tmp_path / "unknown.yaml").write_text(TINY.read_text() + "\nlearning_rate: 3\n")
+    base = ["--config", TINY] if "--config" not in arguments else []
+    data = ["--data.data_dir", data_dir] if "--data.data_dir" not in arguments else []
+    assert_one_line_error(run("train.py", "fit", *base, *data, *arguments, cwd=tmp_path), *words)
+
+
+def test_a_wrong_data_file_without_any_source_gets_one_line(tmp_path):
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "t10k-labels-idx1-ubyte").write_bytes(b"not labels")
+    site = tmp_path / "site"
+    site.mkdir()
+    # No mirror and no npm, as on a machine without a network.
+    (site / "sitecustomize.py").write_text("import torchvision\ntorchvision.datasets.MNIST.mirrors = ['http://127.0.0.1:9/']\n")
+    done = run("train.py", "--config", TINY, cwd=tmp_path, PYTHONPATH=f"{site}:{ROOT}", PATH="")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: MNIST is not in data") and "train-images-idx3-ubyte" in last
+    assert "t10k-labels-idx1-ubyte is not the genuine file" in done.stderr
+    assert (raw / "t10k-labels-idx1-ubyte.corrupt").read_bytes() == b"not labels"
+
+
+def test_the_shipped_configs_are_complete_and_understood(tmp_path):
+    for config in sorted((ROOT / "configs").glob("*.yaml")):
+        done = run("train.py", "fit", "--config", config, "--print_config", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert yaml.safe_load(done.stdout)["name"] == config.stem
+
+
+def test_train_alone_means_the_default_config(tmp_path):
+    done = run("train.py", "--print_config", cwd=tmp_path)
+    assert done.returncode == 0 and yaml.safe_load(done.stdout)["name"] == "mnist"

@@ -1,0 +1,46 @@
+"""Label dropout and classifier-free guidance."""
+
+import pytest
+import torch
+
+from flowmatch_mnist.guidance import GuidedVelocity, drop_labels
+from flowmatch_mnist.streams import generator
+
+
+def test_labels_are_dropped_one_by_one_and_as_often_as_asked():
+    y = torch.arange(10).repeat(1000)
+    dropped = drop_labels(y, 0.1, 10, generator("cpu", "test"))
+    share = (dropped == 10).double().mean().item()
+    assert abs(share - 0.1) < 4 * (0.1 * 0.9 / len(y)) ** 0.5
+    assert torch.equal(dropped[dropped != 10], y[dropped != 10])
+    # By batch, not by sample, each batch of 100 would lose all its labels or none.
+    by_batch = (dropped == 10).view(-1, 100).double().mean(1)
+    assert by_batch.min() + by_batch.max() > 0 and by_batch.max() < 0.5
+    assert by_batch.std() < 0.06
+
+
+@pytest.mark.parametrize(("probability", "expected"), [(0.0, 0.0), (1.0, 1.0)])
+def test_the_ends_of_label_dropout(probability, expected):
+    dropped = drop_labels(torch.zeros(100, dtype=torch.long), probability, 10, generator("cpu", "test"))
+    assert (dropped == 10).double().mean() == expected
+
+
+def test_guidance_is_the_line_through_both_predictions(tiny_net):
+    x, t, y = torch.randn(3, 1, 28, 28), torch.tensor(0.4), torch.tensor([1, 2, 3])
+    with torch.no_grad():
+        velocities = {scale: GuidedVelocity(tiny_net, y, scale, 10)(x, t) for scale in (0.0, 1.0, 2.5)}
+        with_label = tiny_net(x, t.expand(3), y)
+    torch.testing.assert_close(velocities[1.0], with_label)
+    assert not torch.allclose(velocities[0.0], velocities[1.0], atol=1e-3)
+    line = velocities[0.0] + 2.5 * (velocities[1.0] - velocities[0.0])
+    torch.testing.assert_close(velocities[2.5], line, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("scale", "evaluations"), [(0.0, 1), (1.0, 1), (1.5, 2)])
+def test_an_evaluation_is_not_spent_where_guidance_is_off(tiny_net, scale, evaluations):
+    velocity = GuidedVelocity(tiny_net, torch.tensor([1, 2]), scale, 10)
+    seen = []
+    tiny_net.register_forward_pre_hook(lambda net, inputs: seen.append(len(inputs[0])))
+    with torch.no_grad():
+        velocity(torch.randn(2, 1, 28, 28), torch.tensor(0.5))
+    assert seen == [2 * evaluations] and velocity.evaluations == evaluations

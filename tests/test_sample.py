@@ -1,0 +1,187 @@
+"""`sample.py` as a person runs it, and the functions below it."""
+
+import os
+import pickle
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, assert_one_line_error, run
+from PIL import Image
+
+from flowmatch_mnist.errors import UserError
+from flowmatch_mnist.generate import Sampler, generate, load, newest_checkpoint
+from flowmatch_mnist.pictures import grid, replacing, to_uint8
+
+CHECKPOINT = "runs/tiny/version_0/checkpoints/last.ckpt"
+
+
+def sample(cwd, *arguments):
+    done = run("sample.py", *arguments, cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def arrays(cwd, *arguments):
+    sample(cwd, *arguments, "--out", "out.npz")
+    with np.load(cwd / "out.npz") as archive:
+        return archive["images"], archive["labels"]
+
+
+def test_draws_a_grid_with_the_newest_run_and_says_so(tiny_run):
+    stdout = sample(tiny_run, "7")
+    assert CHECKPOINT in stdout and "drew 1 digits" not in stdout and "midpoint, 8 steps, 16 evaluations" in stdout
+    with Image.open(tiny_run / "digits.png") as picture:
+        assert picture.size == (30 * 4, 30 * 4) and picture.mode == "L"
+
+
+def test_a_range_makes_a_column_of_each_and_a_list_keeps_its_order(tiny_run):
+    images, labels = arrays(tiny_run, "0-9", "--per-class", 8, "--steps", 1)
+    assert images.shape == (80, 28, 28) and images.dtype == np.uint8
+    assert labels.dtype == np.int64 and labels.tolist() == [*range(10)] * 8
+    assert arrays(tiny_run, "3", "1", "4-5", "--steps", 1)[1].tolist() == [3, 1, 4, 5]
+    sample(tiny_run, "0-9", "--per-class", 2, "--steps", 1, "--out", "new/folder/grid.png")
+    with Image.open(tiny_run / "new/folder/grid.png") as picture:
+        assert picture.size == (10 * 30 * 4, 2 * 30 * 4)
+
+
+def test_a_gif_shows_the_way_from_noise_to_digit(tiny_run):
+    sample(tiny_run, "1", "2", "--steps", 5, "--out", "way.gif")
+    with Image.open(tiny_run / "way.gif") as picture:
+        assert picture.n_frames == 6 and picture.size == (2 * 30 * 4, 30 * 4)
+
+
+def test_the_same_seed_gives_the_same_digits_whatever_the_batch_size(tiny_run):
+    together, _ = arrays(tiny_run, "0-9", "--steps", 2)
+    apart, _ = arrays(tiny_run, "0-9", "--steps", 2, "--batch-size", 3)
+    other, _ = arrays(tiny_run, "0-9", "--steps", 2, "--seed", 1)
+    # Sums in another order may round a grey level the other way.
+    assert abs(together.astype(int) - apart).max() <= 1
+    assert abs(together.astype(int) - other).max() > 50
+
+
+def test_an_adaptive_solver_and_guidance_are_at_hand(tiny_run):
+    assert re.search(r"dopri5, 2 steps, \d+ evaluations", sample(tiny_run, "3", "--solver", "dopri5", "--steps", 2))
+    assert "euler, 2 steps, 4 evaluations each, guidance 2" in sample(
+        tiny_run, "3", "--solver", "euler", "--steps", 2, "--guidance", 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["10"], ["'10'", "0-9"]),
+        (["-1"], ["'-1'", "0-9"]),
+        (["seven"], ["'seven'", "0-9"]),
+        (["9-0"], ["'9-0'", "0-9"]),
+        ([], ["LABEL"]),
+        (["7", "--steps", "0"], ["--steps", "at least 1"]),
+        (["7", "--per-class", "0"], ["--per-class"]),
+        (["7", "--batch-size", "x"], ["--batch-size"]),
+        (["7", "--solver", "leapfrog"], ["leapfrog", "midpoint"]),
+        (["7", "--guidance", "nan"], ["--guidance"]),
+        (["7", "--seed", "1.5"], ["--seed"]),
+        (["7", "--device", "abacus"], ["abacus", "--device cpu"]),
+        (["7", "--checkpoint", "nowhere.ckpt"], ["nowhere.ckpt"]),
+        (["7", "--checkpoint", "half.ckpt"], ["half.ckpt", "damaged"]),
+        (["7", "--checkpoint", "shape.ckpt"], ["shape.ckpt", "do not fit"]),
+        (["7", "--checkpoint", "foreign.ckpt"], ["foreign.ckpt", "no checkpoint of this project"]),
+        (["7", "--checkpoint", "network.ckpt"], ["network.ckpt", "os.system"]),
+        (["7", "--checkpoint", "nan.ckpt"], ["not finite"]),
+        (["7", "--checkpoint", "evil.ckpt"], ["evil.ckpt"]),
+        (["7", "--out", "digits.jpg"], ["digits.jpg", ".png"]),
+        (["7", "--out", "half.ckpt/digits.png"], ["half.ckpt/digits.png", "cannot write"]),
+    ],
+)
+def test_mistakes_get_one_line_and_leave_nothing_behind(tiny_run, tmp_path, arguments, words):
+    whole = (tiny_run / CHECKPOINT).read_bytes()
+    (tmp_path / "runs/x/version_0/checkpoints").mkdir(parents=True)
+    (tmp_path / "runs/x/version_0/checkpoints/last.ckpt").write_bytes(whole)
+    (tmp_path / "half.ckpt").write_bytes(whole[: len(whole) // 2])
+    for name, change in {
+        "shape": lambda c: c["flowmatch_mnist"]["arguments"].update(channels=[4, 4, 4]),
+        "foreign": lambda c: c.pop("flowmatch_mnist"),
+        "network": lambda c: c["flowmatch_mnist"].update(network="os.system"),
+        "nan": lambda c: c["state_dict"]["net.stem.bias"].fill_(float("nan")),
+    }.items():
+        checkpoint = torch.load(tiny_run / CHECKPOINT, weights_only=True)
+        change(checkpoint)
+        torch.save(checkpoint, tmp_path / f"{name}.ckpt")
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.ckpt")
+    before = sorted(tmp_path.rglob("*"))
+    assert_one_line_error(run("sample.py", *arguments, cwd=tmp_path), *words)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+class Evil:
+    """Unpickled, it would make a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+def test_the_evil_file_would_have_worked_without_our_care(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pickle.loads(pickle.dumps(Evil()))
+    assert (tmp_path / "owned").is_dir()
+
+
+def test_without_any_run_it_says_what_to_do(tmp_path):
+    assert_one_line_error(run("sample.py", "7", cwd=tmp_path), "no last.ckpt", "train.py")
+
+
+def test_the_newest_run_is_chosen(tmp_path):
+    for age, name in ((10, "old"), (5, "new"), (20, "oldest")):
+        path = tmp_path / name / "version_0" / "checkpoints" / "last.ckpt"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (1e9 - age, 1e9 - age))
+    assert "new/" in str(newest_checkpoint(tmp_path))
+    assert "oldest/" in str(newest_checkpoint(tmp_path, "oldest"))
+    with pytest.raises(UserError, match="none"):
+        newest_checkpoint(tmp_path, "none")
+
+
+def test_a_checkpoint_gives_the_averaged_weights(tiny_run):
+    checkpoint = torch.load(tiny_run / CHECKPOINT, weights_only=True)
+    net = load(tiny_run / CHECKPOINT)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, checkpoint["state_dict"][f"net.{name}"])
+    assert any(
+        not torch.equal(value, checkpoint["current_model_state"][name]) for name, value in checkpoint["state_dict"].items()
+    )
+
+
+def test_more_digits_leave_the_first_ones_as_they_were(tiny_net):
+    few = generate(tiny_net, torch.arange(5), Sampler(steps=2))
+    many = generate(tiny_net, torch.arange(10), Sampler(steps=2), keep_states=True)
+    assert (few.images.int() - many.images[:5].int()).abs().max() <= 1
+    assert many.states.shape == (3, 10, 28, 28) and torch.equal(many.states[-1], many.images)
+
+
+def test_a_grid_is_rows_of_cells():
+    images = torch.arange(5, dtype=torch.uint8)[:, None, None].expand(5, 2, 3)
+    sheet = grid(images, columns=2, scale=1)
+    assert sheet.shape == (3 * 4, 2 * 5)
+    assert sheet[1::4, 1::5].tolist() == [[0, 1], [2, 3], [4, 0]]
+    assert sheet[0, 0] == 64
+    assert torch.equal(grid(images, 2, scale=3)[::3, ::3], sheet)
+
+
+def test_grey_levels_are_cut_off_not_wrapped():
+    assert to_uint8(torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0])).tolist() == [0, 0, 128, 255, 255]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "digits.png"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_help_is_readable():
+    done = run("sample.py", "--help", cwd=ROOT)
+    assert done.returncode == 0 and "python sample.py 0-9 --per-class 8" in done.stdout

@@ -1,0 +1,182 @@
+"""Training in this process: what is averaged is what is sampled, and a resumed run sees what the whole one saw."""
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
+
+from flowmatch_mnist.callbacks import EMA, Report, SampleDigits, averaged_net, interleave
+from flowmatch_mnist.data import MNISTDataModule
+from flowmatch_mnist.generate import Sampler, load
+from flowmatch_mnist.module import FlowMatching
+from flowmatch_mnist.unet import UNet
+
+
+def make(data_dir, folder, callbacks, **settings):
+    torch.manual_seed(1)
+    module = FlowMatching(UNet((4, 8, 8), (1, 1, 1)), sampler=Sampler(steps=2), warmup_steps=2)
+    data = MNISTDataModule(str(data_dir), batch_size=16, val_size=32, eval_batch_size=16)
+    trainer = Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        logger=False,
+        callbacks=callbacks,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **({"max_epochs": 2, "limit_train_batches": 5, "limit_val_batches": 2, "enable_checkpointing": False} | settings),
+    )
+    return trainer, module, data
+
+
+def test_the_average_is_warmed_up_and_follows_its_definition(data_dir, tmp_path):
+    class Follow(Callback):
+        """Computes the average once more, by its definition."""
+
+        def on_train_batch_end(self, trainer, module, *_):
+            n = trainer.global_step - 1
+            weights = [p.detach().clone() for p in module.net.parameters()]
+            decay = min(0.5, (1 + n) / (10 + n))
+            old = self.average if n else weights
+            self.average = [decay * a + (1 - decay) * w for a, w in zip(old, weights, strict=True)]
+
+    ema, follow = EMA(decay=0.5), Follow()
+    trainer, module, data = make(data_dir, tmp_path, [follow, ema])
+    trainer.fit(module, data)
+    for expected, found in zip(follow.average, ema.average.net.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+class DrawTwice(SampleDigits):
+    """Draws, perturbs the raw weights, draws again; then perturbs the averaged ones, and draws a third time."""
+
+    def on_train_epoch_end(self, trainer, module):
+        self.pictures = [self.picture(trainer, module)]
+        self.shake(module.net)
+        self.pictures.append(self.picture(trainer, module))
+        self.shake(averaged_net(trainer, module))
+        self.pictures.append(self.picture(trainer, module))
+
+    @staticmethod
+    @torch.no_grad()
+    def shake(net):
+        for parameter in net.parameters():
+            parameter += torch.randn_like(parameter)
+
+    def picture(self, trainer, module):
+        self.draw(trainer, module)
+        (path,) = (self.folder / "samples").glob("grid-*.png")
+        with Image.open(path) as image:
+            return image.copy()
+
+
+def test_the_averaged_weights_are_what_gets_sampled(data_dir, tmp_path, monkeypatch):
+    draw = DrawTwice(rows=1)
+    draw.folder = tmp_path
+    trainer, module, data = make(data_dir, tmp_path, [EMA(), draw], max_epochs=1)
+    monkeypatch.setattr(type(trainer), "log_dir", tmp_path)
+    trainer.fit(module, data)
+    first, raw_moved, average_moved = draw.pictures
+    assert first == raw_moved
+    assert first != average_moved
+
+
+class Record(Callback):
+    """Notes what each training step saw."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.seen.append([tensor.clone() for tensor in batch])
+        module.net.register_forward_pre_hook(self.note) if not self.seen[1:] else None
+
+    def note(self, net, inputs):
+        if net.training:
+            self.seen[-1].extend(tensor.clone() for tensor in inputs)
+
+
+@pytest.mark.parametrize("stop", ["mid-epoch", "epoch end"])
+def test_a_resumed_run_sees_and_becomes_what_the_whole_one_does(data_dir, tmp_path, stop):
+    whole, record = Record(), Record()
+    trainer, module, data = make(data_dir, tmp_path, [EMA(), whole])
+    trainer.fit(module, data)
+
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=3 if stop == "mid-epoch" else 5, save_top_k=-1)
+    first, first_module, first_data = make(data_dir, tmp_path, [EMA(), saver], enable_checkpointing=True)
+    first.fit(first_module, first_data)
+    path = tmp_path / ("epoch=0-step=3.ckpt" if stop == "mid-epoch" else "epoch=0-step=5.ckpt")
+    second, second_module, second_data = make(data_dir, tmp_path, [EMA(), record])
+    second.fit(second_module, second_data, ckpt_path=path, weights_only=True)
+
+    begun = 3 if stop == "mid-epoch" else 5
+    assert len(record.seen) == 10 - begun
+    for resumed, original in zip(record.seen, whole.seen[begun:], strict=True):
+        assert len(resumed) == len(original) == 6
+        for a, b in zip(resumed, original, strict=True):
+            assert torch.equal(a, b)
+    for a, b in zip(module.parameters(), second_module.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_two_steps_see_the_same_noise_even_with_gradient_accumulation(data_dir, tmp_path):
+    record = Record()
+    trainer, module, data = make(data_dir, tmp_path, [record], accumulate_grad_batches=2)
+    trainer.fit(module, data)
+    noises = {seen[0].sum().item() for seen in record.seen}
+    times = {seen[4].sum().item() for seen in record.seen}
+    assert len(noises) == len(times) == len(record.seen) == 10
+
+
+def test_validation_is_the_same_whenever_it_is_measured_and_splits_by_time(data_dir, tmp_path):
+    losses = []
+    for seed, batch_size in ((1, 16), (2, 32)):
+        trainer, _, _ = make(data_dir, tmp_path, [])
+        torch.manual_seed(1)
+        module = FlowMatching(UNet((4, 8, 8), (1, 1, 1)), seed=seed)
+        data = MNISTDataModule(str(data_dir), batch_size=batch_size, val_size=32, eval_batch_size=16, seed=seed)
+        losses.append(trainer.validate(module, data, verbose=False)[0])
+    assert losses[0] == losses[1]
+    by_time = [value for name, value in losses[0].items() if name.startswith("loss_by_time/val")]
+    assert len(by_time) == 5 and min(by_time) > 0
+    assert min(by_time) <= losses[0]["loss/val"] <= max(by_time)
+
+
+def test_compiling_leaves_the_names_of_the_weights_and_the_checkpoint_loads(data_dir, tmp_path):
+    trainer, module, data = make(data_dir, tmp_path, [EMA()], max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+    module.compiles = True
+    names = list(copy.deepcopy(module).state_dict())
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "compiled.ckpt")
+    saved = torch.load(tmp_path / "compiled.ckpt", weights_only=True)
+    assert list(saved["state_dict"]) == list(saved["current_model_state"]) == names
+    assert not any("_orig_mod" in name for name in names)
+    assert load(tmp_path / "compiled.ckpt").arguments == module.net.arguments
+
+
+def test_the_report_prints_a_line_for_each_epoch(data_dir, tmp_path, capsys):
+    trainer, module, data = make(data_dir, tmp_path, [Report()], log_every_n_steps=2)
+    trainer.fit(module, data)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["epoch 1, step 5", "epoch 2, step 10"]
+    assert all("val loss" in line and "images/s" in line for line in lines)
+
+
+def test_shares_of_the_ranks_are_put_together_in_order():
+    whole = torch.arange(7)
+    assert torch.equal(interleave([whole[rank::3] for rank in range(3)]), whole)
+
+
+@pytest.mark.parametrize(
+    ("make_it", "words"),
+    [
+        (lambda: EMA(decay=1), "decay"),
+        (lambda: SampleDigits(every_n_steps=-1), "every_n_steps"),
+        (lambda: Sampler(0), "steps"),
+    ],
+)
+def test_refuses_settings_out_of_range(make_it, words):
+    with pytest.raises(ValueError, match=words):
+        make_it()

@@ -1,0 +1,11 @@
+"""Train a class-conditional flow-matching model on MNIST.
+
+python train.py                                          the defaults of configs/mnist.yaml
+python train.py --config configs/quick.yaml              about ten minutes on a laptop
+python train.py fit|validate|test|predict --help         everything else
+"""
+
+from flowmatch_mnist.cli import main
+
+if __name__ == "__main__":
+    main()
