@@ -116,6 +116,7 @@ def main() -> None:
         case ".npz":
             save_npz(digits.images, digits.labels, options.out)
         case ".gif":
+            assert digits.states is not None
             save_gif(torch.stack([grid(frame, len(columns)) for frame in digits.states]), options.out)
     how = f"{options.solver}, {options.steps} steps, {digits.evaluations} evaluations each, guidance {options.guidance:g}"
     print(f"drew {len(y)} digit{'s' * (len(y) > 1)} with {checkpoint} ({how}, seed {options.seed})")

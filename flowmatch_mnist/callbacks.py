@@ -3,15 +3,17 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor, nn
+from torch import Tensor
 
+from flowmatch_mnist.field import VelocityField
 from flowmatch_mnist.generate import generate
+from flowmatch_mnist.module import FlowMatching, is_logged
 from flowmatch_mnist.pictures import grid, save_npz, save_png
 
 
@@ -48,14 +50,15 @@ class EMA(WeightAveraging):
         torch._foreach_lerp_(averages, current, 1 - decay)
 
     @property
-    def average(self) -> LightningModule | None:
+    def average(self) -> FlowMatching | None:
         """The averaged copy of the module, once a fit has begun."""
-        return None if self._average_model is None else self._average_model.module
+        return None if self._average_model is None else cast(FlowMatching, self._average_model.module)
 
 
-def averaged_net(trainer: Trainer, module: LightningModule) -> nn.Module:
+def averaged_net(trainer: Trainer, module: FlowMatching) -> VelocityField:
     """The network with its averaged weights, or as it is where nothing is averaged."""
-    averages = [callback.average for callback in trainer.callbacks if isinstance(callback, EMA)]
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    averages = [callback.average for callback in callbacks if isinstance(callback, EMA)]
     return next((average.net for average in averages if average is not None), module.net)
 
 
@@ -86,14 +89,14 @@ class SampleDigits(Callback):
     ) -> None:
         """Draw if it is a step for it."""
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
-            self.draw(trainer, pl_module)
+            self.draw(trainer, cast(FlowMatching, pl_module))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw if it is an epoch for it."""
         if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self.draw(trainer, pl_module)
+            self.draw(trainer, cast(FlowMatching, pl_module))
 
-    def draw(self, trainer: Trainer, module: LightningModule) -> None:
+    def draw(self, trainer: Trainer, module: FlowMatching) -> None:
         """Draw now, log the pictures, and write the files."""
         if not trainer.is_global_zero:
             return
@@ -143,7 +146,7 @@ class Report(Callback):
         self._images += len(batch[-1]) * trainer.world_size
         if trainer.global_step == 1:
             self._mark = None
-        elif trainer.global_step % trainer.log_every_n_steps == 0:
+        elif is_logged(trainer):
             self._rate = self._images / (time.perf_counter() - self._mark)
             pl_module.log("speed/images_per_second", self._rate)
             self._mark = None
@@ -184,7 +187,7 @@ class WriteDigits(BasePredictionWriter):
         images, labels = torch.cat(batches[0::2]).cpu(), torch.cat(batches[1::2]).cpu()
         folder = Path(trainer.log_dir or ".")
         save_npz(images, labels, folder / "predictions.npz")
-        save_png(grid(images, columns=pl_module.net.no_label), folder / "predictions.png")
+        save_png(grid(images, columns=cast(FlowMatching, pl_module).net.no_label), folder / "predictions.png")
         print(f"wrote {len(images)} digits to {folder / 'predictions.npz'} and {folder / 'predictions.png'}")
 
 

@@ -142,15 +142,10 @@ class CLI(LightningCLI):
             callbacks.append(RichProgressBar())
         self.trainer_defaults["callbacks"] = callbacks
         if settings.logger in (None, True):
+            save_dir, name, version = RUNS, self._get(self.config, "name"), None
             if self.folder is not None:
-                place = {
-                    "save_dir": self.folder.parent.parent,
-                    "name": self.folder.parent.name,
-                    "version": self.folder.name,
-                }
-            else:
-                place = {"save_dir": RUNS, "name": self._get(self.config, "name")}
-            kwargs["logger"] = TensorBoardLogger(**place, default_hp_metric=False)
+                save_dir, name, version = self.folder.parent.parent, self.folder.parent.name, self.folder.name
+            kwargs["logger"] = TensorBoardLogger(save_dir, name, version, default_hp_metric=False)
         return super().instantiate_trainer(**kwargs)
 
     def after_instantiate_classes(self) -> None:

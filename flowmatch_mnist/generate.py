@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowmatch_mnist import streams
 from flowmatch_mnist.errors import UserError, one_line
+from flowmatch_mnist.field import VelocityField
 from flowmatch_mnist.guidance import GuidedVelocity
 from flowmatch_mnist.pictures import to_uint8
 from flowmatch_mnist.solvers import Velocity, check_solver, trajectory
@@ -23,9 +24,9 @@ NETWORKS = {"UNet": UNet}
 """The networks that a checkpoint may name. A file from a stranger must not choose what is imported."""
 
 
-def describe(net: nn.Module) -> dict[str, Any]:
+def describe(net: VelocityField) -> dict[str, Any]:
     """What a checkpoint says of its network, in plain values: its name and the arguments that build it again."""
-    return {"network": type(net).__name__, "arguments": getattr(net, "arguments", {})}
+    return {"network": type(net).__name__, "arguments": net.arguments}
 
 
 def newest_checkpoint(runs: Path = Path("runs"), name: str = "*", file: str = "last.ckpt") -> Path:
@@ -57,7 +58,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> nn.Module:
+def load(path: Path, device: torch.device | str = "cpu") -> VelocityField:
     """The network of a checkpoint, with its averaged weights, ready to sample.
 
     Raises:
@@ -130,7 +131,7 @@ class Digits:
 
 @torch.inference_mode()
 def generate(
-    net: nn.Module,
+    net: VelocityField,
     labels: Tensor,
     sampler: Sampler,
     *,
@@ -145,7 +146,7 @@ def generate(
     what is kept of each digit is one byte a pixel.
 
     Args:
-        net: the velocity field, called as net(x, t, y); its `image_shape` is (1, H, W), its `no_label` the label for none.
+        net: the velocity field; its `image_shape` is (1, H, W).
         labels: int64 (N,); `net.no_label` draws any digit.
         sampler: solver, steps and guidance.
         seed: of the noise.
@@ -163,7 +164,7 @@ def generate(
     kept = []
     evaluations = 0
     for y in labels.split(batch_size):
-        velocity = GuidedVelocity(net, y.to(device), sampler.guidance, net.no_label)
+        velocity = GuidedVelocity(net, y.to(device), sampler.guidance)
         x0 = draw_noise(len(y), net.image_shape, noise).to(device)
         states: list[Tensor] = []
         for x in sampler.states(velocity, x0):

@@ -4,7 +4,9 @@ Source: Ho and Salimans 2022, "Classifier-Free Diffusion Guidance"; for flows, Z
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from flowmatch_mnist.field import VelocityField
 
 
 def drop_labels(y: Tensor, probability: float, no_label: int, generator: torch.Generator) -> Tensor:
@@ -23,11 +25,11 @@ class GuidedVelocity:
         evaluations: network evaluations for each sample so far (NFE); guidance counts twice.
     """
 
-    def __init__(self, net: nn.Module, y: Tensor, scale: float, no_label: int) -> None:
+    def __init__(self, net: VelocityField, y: Tensor, scale: float) -> None:
         self.net = net
         self.scale = scale
         self.evaluations = 0
-        nothing = torch.full_like(y, no_label)
+        nothing = torch.full_like(y, net.no_label)
         self.labels = y if scale == 1 else nothing if scale == 0 else torch.cat([y, nothing])
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:

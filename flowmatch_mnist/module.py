@@ -7,13 +7,14 @@ import math
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from flowmatch_mnist import streams
 from flowmatch_mnist.data import Pairs
+from flowmatch_mnist.field import VelocityField
 from flowmatch_mnist.generate import KEY, Sampler, describe
 from flowmatch_mnist.guidance import GuidedVelocity, drop_labels
 from flowmatch_mnist.paths import LinearPath
@@ -34,11 +35,17 @@ def learning_rate_factor(step: int, warmup_steps: int, total_steps: int, decay: 
     return {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}[decay]
 
 
+def is_logged(trainer: Trainer) -> bool:
+    """Whether the logger takes in what this step logs."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return trainer.global_step % every == 0
+
+
 class FlowMatching(LightningModule):
     """Trains a velocity field v(x, t, y) so that dx/dt = v carries noise to the digits of class y.
 
     Args:
-        net: the velocity field, called as net(x, t, y); see `unet.UNet` for what else it offers.
+        net: the velocity field.
         times: where in (0, 1) the training looks.
         label_dropout: probability that a sample is trained without its label, in [0, 1]; guidance needs some.
         optimizer: what makes the optimizer from the parameters.
@@ -55,7 +62,7 @@ class FlowMatching(LightningModule):
 
     def __init__(
         self,
-        net: nn.Module,
+        net: VelocityField,
         times: TimeDensity | None = None,
         label_dropout: float = 0.1,
         optimizer: OptimizerCallable = torch.optim.AdamW,
@@ -107,7 +114,7 @@ class FlowMatching(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the learning rate and the norm of the gradients before clipping, in the steps that are logged at all."""
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+        if is_logged(self.trainer):
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             self.log("optimizer/gradient_norm", torch.nn.utils.get_total_norm(gradients))
             self.log("optimizer/learning_rate", optimizer.param_groups[0]["lr"])
@@ -136,7 +143,7 @@ class FlowMatching(LightningModule):
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
         """Draw digits: noise (B, 1, 28, 28), labels (B,) -> images uint8 (B, 28, 28), labels (B,)."""
         x0, y = batch
-        *_, x1 = self.sampler.states(GuidedVelocity(self.net, y, self.sampler.guidance, self.net.no_label), x0)
+        *_, x1 = self.sampler.states(GuidedVelocity(self.net, y, self.sampler.guidance), x0)
         return to_uint8(x1)[:, 0], y
 
     def configure_optimizers(self) -> Any:

@@ -8,7 +8,7 @@ killed and resumed sees what the uninterrupted one would have, and ranks that sh
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,4 +28,5 @@ def step(trainer: Trainer) -> int:
     With gradient accumulation this counts batches where `trainer.global_step` counts optimizer steps, so that no two batches
     share a key. It is the same from the batch's transfer to the end of its training step.
     """
-    return trainer.fit_loop.epoch_loop.batch_progress.total.processed
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    return progress.total.processed

@@ -14,10 +14,13 @@ Dhariwal and Nichol 2021, section 3 (adaptive group normalisation); Goyal et al.
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from flowmatch_mnist.field import VelocityField
 
 
 class TimeEmbedding(nn.Module):
@@ -98,7 +101,7 @@ class SelfAttention(nn.Module):
 class Stage(nn.Module):
     """Residual blocks at one resolution, and attention after them if asked for."""
 
-    def __init__(self, channels: int, out_channels: int, blocks: int, attention: bool, **block: float) -> None:
+    def __init__(self, channels: int, out_channels: int, blocks: int, attention: bool, **block: Any) -> None:
         super().__init__()
         widths = [channels] + [out_channels] * blocks
         self.blocks = nn.ModuleList(ResidualBlock(i, o, **block) for i, o in pairwise(widths))
@@ -110,7 +113,7 @@ class Stage(nn.Module):
         return self.attention(x)
 
 
-class UNet(nn.Module):
+class UNet(VelocityField):
     """A class-conditioned UNet with one skip connection from every encoder stage to its decoder stage.
 
     Args:
@@ -122,11 +125,6 @@ class UNet(nn.Module):
         image_channels: channels of x and of v.
         image_size: height and width of x, divisible by 2 for every stage but the first.
         dropout: probability of dropping an activation inside a residual block, in [0, 1).
-
-    Attributes:
-        arguments: all of the above, as plain values: what a checkpoint needs to build the same network again.
-        no_label: the label that means "no label".
-        image_shape: (image_channels, image_size, image_size).
 
     Raises:
         ValueError: if `channels`, `blocks` and `attention` are not equally many, a width is not positive, or the image

@@ -28,7 +28,7 @@ def test_the_ends_of_label_dropout(probability, expected):
 def test_guidance_is_the_line_through_both_predictions(tiny_net):
     x, t, y = torch.randn(3, 1, 28, 28), torch.tensor(0.4), torch.tensor([1, 2, 3])
     with torch.no_grad():
-        velocities = {scale: GuidedVelocity(tiny_net, y, scale, 10)(x, t) for scale in (0.0, 1.0, 2.5)}
+        velocities = {scale: GuidedVelocity(tiny_net, y, scale)(x, t) for scale in (0.0, 1.0, 2.5)}
         with_label = tiny_net(x, t.expand(3), y)
     torch.testing.assert_close(velocities[1.0], with_label)
     assert not torch.allclose(velocities[0.0], velocities[1.0], atol=1e-3)
@@ -38,7 +38,7 @@ def test_guidance_is_the_line_through_both_predictions(tiny_net):
 
 @pytest.mark.parametrize(("scale", "evaluations"), [(0.0, 1), (1.0, 1), (1.5, 2)])
 def test_an_evaluation_is_not_spent_where_guidance_is_off(tiny_net, scale, evaluations):
-    velocity = GuidedVelocity(tiny_net, torch.tensor([1, 2]), scale, 10)
+    velocity = GuidedVelocity(tiny_net, torch.tensor([1, 2]), scale)
     seen = []
     tiny_net.register_forward_pre_hook(lambda net, inputs: seen.append(len(inputs[0])))
     with torch.no_grad():

@@ -11,6 +11,7 @@ ROOMS = [
     "streams",
     "paths",
     "times",
+    "field",
     "solvers",
     "guidance",
     "unet",
