@@ -9,6 +9,7 @@ import argparse
 import math
 import re
 import time
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import NoReturn
@@ -63,9 +64,9 @@ def parse() -> argparse.Namespace:
     add("labels", type=labels, nargs="+", metavar="LABEL", help="digits or ranges of digits, a column of the grid each")
     add("--per-class", type=positive, default=1, metavar="N", help="rows of the grid (default: 1)")
     add("--checkpoint", type=Path, metavar="FILE", help="the model (default: last.ckpt of the newest run)")
-    add("--steps", type=positive, default=8, metavar="N", help="solver steps (default: 8)")
-    add("--solver", choices=SOLVERS, default="midpoint", help="(default: midpoint)")
-    add("--guidance", type=finite, default=1.0, metavar="SCALE", help="guidance scale; 1 is off (default: 1)")
+    add("--steps", type=positive, metavar="N", help="solver steps (default: the model's own, from its config)")
+    add("--solver", choices=SOLVERS, help="(default: the model's own)")
+    add("--guidance", type=finite, metavar="SCALE", help="guidance scale; 1 is off (default: the model's own)")
     add("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     add("--batch-size", type=positive, default=250, metavar="N", help="digits drawn at a time (default: 250)")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
@@ -85,7 +86,7 @@ def main() -> None:
     import torch
     from rich.progress import Progress
 
-    from flowmatch_mnist.generate import Sampler, generate, load, newest_checkpoint
+    from flowmatch_mnist.generate import generate, load, newest_checkpoint
     from flowmatch_mnist.pictures import grid, save_gif, save_npz, save_png
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -94,7 +95,9 @@ def main() -> None:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"no device {device!r} here; use --device cpu") from error
     checkpoint = options.checkpoint or newest_checkpoint()
-    net = load(checkpoint, device)
+    net, sampler = load(checkpoint, device)
+    asked = {name: getattr(options, name) for name in ("steps", "solver", "guidance")}
+    sampler = replace(sampler, **{name: value for name, value in asked.items() if value is not None})
 
     columns = list(chain.from_iterable(options.labels))
     y = torch.tensor(columns).repeat(options.per_class)
@@ -103,7 +106,7 @@ def main() -> None:
         digits = generate(
             net,
             y,
-            Sampler(options.steps, options.solver, options.guidance),
+            sampler,
             seed=options.seed,
             batch_size=options.batch_size,
             keep_states=options.out.suffix.lower() == ".gif",
@@ -118,7 +121,7 @@ def main() -> None:
         case ".gif":
             assert digits.states is not None
             save_gif(torch.stack([grid(frame, len(columns)) for frame in digits.states]), options.out)
-    how = f"{options.solver}, {options.steps} steps, {digits.evaluations} evaluations each, guidance {options.guidance:g}"
+    how = f"{sampler.solver}, {sampler.steps} steps, {digits.evaluations} evaluations each, guidance {sampler.guidance:g}"
     print(f"drew {len(y)} digit{'s' * (len(y) > 1)} with {checkpoint} ({how}, seed {options.seed})")
     print(f"wrote {options.out} after {time.perf_counter() - started:.1f} s")
 

@@ -127,7 +127,7 @@ class Report(Callback):
         self._begun = 0.0
         self._mark: float | None = None
         self._images = 0
-        self._rate = float("nan")
+        self._rate = ""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock of the whole run."""
@@ -147,8 +147,9 @@ class Report(Callback):
         if trainer.global_step == 1:
             self._mark = None
         elif is_logged(trainer):
-            self._rate = self._images / (time.perf_counter() - self._mark)
-            pl_module.log("speed/images_per_second", self._rate)
+            rate = self._images / (time.perf_counter() - self._mark)
+            pl_module.log("speed/images_per_second", rate)
+            self._rate = f"{rate:.0f} images/s, "
             self._mark = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -164,7 +165,7 @@ class Report(Callback):
         print(
             f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}: "
             f"train loss {metrics['loss/train']:.4f}, val loss {metrics['loss/val']:.4f}, "
-            f"{self._rate:.0f} images/s, {minutes} min {seconds:02d} s",
+            f"{self._rate}{minutes} min {seconds:02d} s",
             flush=True,
         )
 

@@ -115,11 +115,15 @@ class CLI(LightningCLI):
         for target in ("model.seed", "data.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=int)
 
+    def _parse_ckpt_path(self) -> None:
+        """Take no settings from a checkpoint, as Lightning would: it may come from a stranger."""
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         self.folder: Path | None = None
         if config.trainer.precision is None:
             config.trainer.precision = native_precision()
+        config.weights_only = True
         if config.ckpt_path is not None:
             checkpoint = find_checkpoint(config.ckpt_path, config.name)
             read_checkpoint(checkpoint)
@@ -150,14 +154,16 @@ class CLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         checkpoint = self._get(self.config, "ckpt_path")
-        wanted = describe(self.model.net)
+        wanted = describe(self.model.net, self.model.sampler)
         if checkpoint is not None:
             held = read_checkpoint(Path(checkpoint))[KEY]
-            if held != wanted:
+            if any(held.get(key) != wanted[key] for key in ("network", "arguments")):
                 raise UserError(
                     f"{checkpoint} holds {held['network']}({held['arguments']}), but the config asks for "
                     f"{wanted['network']}({wanted['arguments']}); give the --config it was trained with, or none"
                 )
+            # Not in the config that is kept: a run from it should start afresh.
+            self.config[self.subcommand].ckpt_path = None
             print(f"{'going on from' if self.subcommand == 'fit' else 'using'} {checkpoint}", flush=True)
         if self.subcommand == "fit" and self.trainer.is_global_zero:
             size = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,36 @@ NETWORKS = {"UNet": UNet}
 """The networks that a checkpoint may name. A file from a stranger must not choose what is imported."""
 
 
-def describe(net: VelocityField) -> dict[str, Any]:
-    """What a checkpoint says of its network, in plain values: its name and the arguments that build it again."""
-    return {"network": type(net).__name__, "arguments": net.arguments}
+@dataclass
+class Sampler:
+    """How digits are drawn.
+
+    Args:
+        steps: equal steps from noise to digit, at least 1.
+        solver: euler, midpoint, heun, rk4 or dopri5; see `solvers.trajectory`.
+        guidance: classifier-free guidance scale; 1 is off and 0 ignores the label.
+
+    Raises:
+        ValueError: if one of them is out of its range.
+    """
+
+    steps: int = 8
+    solver: str = "midpoint"
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_solver(self.solver, self.steps)
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance must be a finite number, got {self.guidance}")
+
+    def states(self, velocity: Velocity, x0: Tensor) -> Iterator[Tensor]:
+        """The states from the noise x0 (B, ...) to the digits: `steps` + 1 tensors of its shape."""
+        return trajectory(velocity, x0, self.steps, self.solver)
+
+
+def describe(net: VelocityField, sampler: Sampler) -> dict[str, Any]:
+    """What a checkpoint says of its model, in plain values: the network, what builds it again, and how to sample it."""
+    return {"network": type(net).__name__, "arguments": net.arguments, "sampler": asdict(sampler)}
 
 
 def newest_checkpoint(runs: Path = Path("runs"), name: str = "*", file: str = "last.ckpt") -> Path:
@@ -58,8 +85,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> VelocityField:
-    """The network of a checkpoint, with its averaged weights, ready to sample.
+def load(path: Path, device: torch.device | str = "cpu") -> tuple[VelocityField, Sampler]:
+    """The network of a checkpoint, with its averaged weights, ready to sample, and the sampler of its config.
 
     Raises:
         UserError: if the file is missing, damaged, of another shape than it says, or names an unknown network.
@@ -74,36 +101,10 @@ def load(path: Path, device: torch.device | str = "cpu") -> VelocityField:
         net = network(**description["arguments"])
         weights = {key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items()}
         net.load_state_dict(weights)
+        sampler = Sampler(**description["sampler"])
     except Exception as error:  # a damaged description can fail in any way a constructor can
         raise UserError(f"the weights in {path} do not fit its network: {one_line(error)[:200]}; use another") from error
-    return net.to(device).eval()
-
-
-@dataclass
-class Sampler:
-    """How digits are drawn.
-
-    Args:
-        steps: equal steps from noise to digit, at least 1.
-        solver: euler, midpoint, heun, rk4 or dopri5; see `solvers.trajectory`.
-        guidance: classifier-free guidance scale; 1 is off and 0 ignores the label.
-
-    Raises:
-        ValueError: if one of them is out of its range.
-    """
-
-    steps: int = 8
-    solver: str = "midpoint"
-    guidance: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_solver(self.solver, self.steps)
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"guidance must be a finite number, got {self.guidance}")
-
-    def states(self, velocity: Velocity, x0: Tensor) -> Iterator[Tensor]:
-        """The states from the noise x0 (B, ...) to the digits: `steps` + 1 tensors of its shape."""
-        return trajectory(velocity, x0, self.steps, self.solver)
+    return net.to(device).eval(), sampler
 
 
 def draw_noise(count: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -97,7 +97,9 @@ class FlowMatching(LightningModule):
     def loss(self, x0: Tensor, x1: Tensor, y: Tensor, t: Tensor) -> Tensor:
         """The squared error of the velocity at x_t, averaged over pixels: x0, x1 (B, ...), y and t (B,) -> (B,)."""
         x_t = self.path.point(x0, x1, t)
-        error = self.net(x_t, t, y) - self.path.velocity(x0, x1, t)
+        # Only training goes through compiled code: another batch size, without gradients, would be compiled anew.
+        field = self.net if self.training else self.net.forward
+        error = field(x_t, t, y) - self.path.velocity(x0, x1, t)
         return error.square().flatten(1).mean(1)
 
     def training_step(self, batch: Pairs, batch_idx: int) -> Tensor:
@@ -158,5 +160,5 @@ class FlowMatching(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say in the checkpoint which network its weights are of, so that `sample.py` needs no config."""
-        checkpoint[KEY] = describe(self.net)
+        """Say in the checkpoint what its weights are of, so that `sample.py` needs no config."""
+        checkpoint[KEY] = describe(self.net, self.sampler)

@@ -72,7 +72,7 @@ def test_a_second_run_leaves_the_first_as_it_is_and_options_override_the_config(
         "init_args": config["model"]["optimizer"]["init_args"],
     }
     assert config["model"]["optimizer"]["init_args"]["lr"] == 1e-4
-    assert load(tmp_path / "runs/tiny/version_1/checkpoints/last.ckpt").arguments["channels"] == [4, 4, 4]
+    assert load(tmp_path / "runs/tiny/version_1/checkpoints/last.ckpt")[0].arguments["channels"] == [4, 4, 4]
 
 
 def test_last_goes_on_in_the_same_folder_with_the_same_config(tiny_run, tmp_path):

@@ -17,6 +17,7 @@ ROOMS = [
     "unet",
     "pictures",
     "generate",
+    "muon",
     "mnist",
     "data",
     "module",

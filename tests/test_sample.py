@@ -31,7 +31,11 @@ def arrays(cwd, *arguments):
 
 def test_draws_a_grid_with_the_newest_run_and_says_so(tiny_run):
     stdout = sample(tiny_run, "7")
-    assert CHECKPOINT in stdout and "drew 1 digits" not in stdout and "midpoint, 8 steps, 16 evaluations" in stdout
+    assert (
+        CHECKPOINT in stdout
+        and "drew 1 digits" not in stdout
+        and "midpoint, 2 steps, 4 evaluations each, guidance 1, seed 0" in stdout
+    )
     with Image.open(tiny_run / "digits.png") as picture:
         assert picture.size == (30 * 4, 30 * 4) and picture.mode == "L"
 
@@ -145,7 +149,8 @@ def test_the_newest_run_is_chosen(tmp_path):
 
 def test_a_checkpoint_gives_the_averaged_weights(tiny_run):
     checkpoint = torch.load(tiny_run / CHECKPOINT, weights_only=True)
-    net = load(tiny_run / CHECKPOINT)
+    net, sampler = load(tiny_run / CHECKPOINT)
+    assert sampler == Sampler(steps=2)
     for name, value in net.state_dict().items():
         assert torch.equal(value, checkpoint["state_dict"][f"net.{name}"])
     assert any(

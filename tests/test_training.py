@@ -153,7 +153,7 @@ def test_compiling_leaves_the_names_of_the_weights_and_the_checkpoint_loads(data
     saved = torch.load(tmp_path / "compiled.ckpt", weights_only=True)
     assert list(saved["state_dict"]) == list(saved["current_model_state"]) == names
     assert not any("_orig_mod" in name for name in names)
-    assert load(tmp_path / "compiled.ckpt").arguments == module.net.arguments
+    assert load(tmp_path / "compiled.ckpt")[0].arguments == module.net.arguments
 
 
 def test_the_report_prints_a_line_for_each_epoch(data_dir, tmp_path, capsys):

@@ -1,0 +1,64 @@
+"""Muon: what it does to a convolution's weight, that all else is AdamW's, and that its state is kept."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from flowmatch_mnist.muon import Muon, orthogonalize
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 30), (2, 30, 8), (1, 1, 9)])
+def test_orthogonalizing_pushes_singular_values_to_one_and_keeps_the_directions(shape):
+    torch.manual_seed(0)
+    matrices = torch.randn(shape)
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    found = orthogonalize(matrices)
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.6 and values.max() < 1.3
+    # The same singular vectors: the result is diagonal in their basis.
+    inside = u.mT @ found @ vh.mT
+    assert (inside - torch.diag_embed(inside.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-4
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 3))
+
+
+def train(net, optimizer, steps, seed=0):
+    for i in range(steps):
+        torch.manual_seed(seed + i)
+        optimizer.zero_grad()
+        net(torch.randn(5, 4, 8, 8)).square().mean().backward()
+        optimizer.step()
+
+
+def test_all_but_kernels_move_as_adamw_moves_them():
+    one, other = net(), net()
+    train(one, Muon(one.parameters(), lr=0.01), 1)
+    train(other, torch.optim.AdamW(other.parameters(), lr=0.01, betas=(0.9, 0.99), weight_decay=0.01), 1)
+    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-7) == (a.dim() != 4), name
+
+
+def test_kernels_move_as_far_as_adamw_moves_its_own():
+    one, start = net(), net()
+    train(one, Muon(one.parameters(), lr=0.01, weight_decay=0), 1)
+    for a, b in zip(one.parameters(), start.parameters(), strict=True):
+        if a.dim() == 4:
+            assert 0.1 * 0.01 < (a - b).square().mean().sqrt() < 0.4 * 0.01
+
+
+def test_its_state_is_saved_and_restored():
+    one = net()
+    optimizer = Muon(one.parameters())
+    train(one, optimizer, 3)
+    other = copy.deepcopy(one)
+    again = Muon(other.parameters())
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(one, optimizer, 3, seed=7)
+    train(other, again, 3, seed=7)
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
