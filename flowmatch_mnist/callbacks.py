@@ -83,6 +83,12 @@ class SampleDigits(Callback):
         self.every_n_steps = every_n_steps
         self.rows = rows
         self.seed = seed
+        self.folder: Path | None = None
+        self._drawn_at = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Learn the run's folder, which the processes agree on together: later, only one of them would ask."""
+        self.folder = Path(trainer.log_dir) if trainer.log_dir else None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -98,8 +104,9 @@ class SampleDigits(Callback):
 
     def draw(self, trainer: Trainer, module: FlowMatching) -> None:
         """Draw now, log the pictures, and write the files."""
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or trainer.global_step == self._drawn_at:
             return
+        self._drawn_at = trainer.global_step
         net = averaged_net(trainer, module)
         labels = torch.arange(net.no_label).repeat(self.rows)
         digits = generate(net, labels, module.sampler, seed=self.seed, keep_states=True)
@@ -110,8 +117,8 @@ class SampleDigits(Callback):
             "trajectory": grid(way.transpose(0, 1).flatten(0, 1), columns=len(way)),
         }
         for name, picture in pictures.items():
-            if trainer.log_dir:
-                save_png(picture, Path(trainer.log_dir) / "samples" / f"{name}-{trainer.global_step:06d}.png")
+            if self.folder is not None:
+                save_png(picture, self.folder / "samples" / f"{name}-{trainer.global_step:06d}.png")
             if isinstance(trainer.logger, TensorBoardLogger):
                 trainer.logger.experiment.add_image(f"digits/{name}", picture[None], trainer.global_step)
 
@@ -182,11 +189,11 @@ class WriteDigits(BasePredictionWriter):
         if trainer.world_size > 1:
             shares = [None] * trainer.world_size
             torch.distributed.all_gather_object(shares, predictions)
+        folder = Path(trainer.log_dir or ".")  # asked by all processes, since they agree on it together
         if not trainer.is_global_zero:
             return
         batches = [interleave(share) for batch in zip(*shares, strict=True) for share in zip(*batch, strict=True)]
         images, labels = torch.cat(batches[0::2]).cpu(), torch.cat(batches[1::2]).cpu()
-        folder = Path(trainer.log_dir or ".")
         save_npz(images, labels, folder / "predictions.npz")
         save_png(grid(images, columns=cast(FlowMatching, pl_module).net.no_label), folder / "predictions.png")
         print(f"wrote {len(images)} digits to {folder / 'predictions.npz'} and {folder / 'predictions.png'}")

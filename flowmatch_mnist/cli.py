@@ -30,7 +30,9 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong, and end with status 2."""
-        raise UserError(f"{one_line(message)[:600]}; see `python train.py fit --help`")
+        config = option(sys.argv, "--config") or option(sys.argv, "-c")
+        what = one_line(message).replace('"<unicode string>"', str(config))
+        raise UserError(f"{what[:600]}; see `python train.py fit --help`")
 
 
 class LogConfig(SaveConfigCallback):
@@ -179,10 +181,12 @@ def main() -> None:
     """Run the command line; mistakes end with one line and status 2."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # says so when a compiler for GPUs finds none
     log = logging.getLogger("flowmatch_mnist")
     log.addHandler(logging.StreamHandler())
     log.setLevel(logging.INFO)
     warnings.filterwarnings("ignore", message=".*treespec.*LeafSpec.*")  # Lightning's own, of PyTorch's newest versions
+    warnings.filterwarnings("ignore", message=".*Grad strides do not match bucket view strides.*")  # of 1x1 convolutions
     torch.set_float32_matmul_precision("high")
     with exit_on_error():
         try:

@@ -49,8 +49,8 @@ class Batches:
         self.seed = seed
         self.epoch = epoch
         self.drop_last = drop_last
-        self._done = 0
-        self._resume_from = 0
+        self._place = {"epoch": 0, "done": 0}
+        self._resume_at: dict[str, int] = {}
 
     def __len__(self) -> int:
         samples = len(self.tensors[0])
@@ -58,23 +58,25 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         # A generator: the epoch is asked when the first batch is, by which time the trainer has counted it.
-        samples = len(self.tensors[0])
+        epoch, samples = self.epoch(), len(self.tensors[0])
         order = torch.arange(samples)
         if self.seed is not None:
-            order = torch.randperm(samples, generator=streams.generator("cpu", self.seed, "order", self.epoch()))
-        first, self._resume_from = self._resume_from, 0
+            order = torch.randperm(samples, generator=streams.generator("cpu", self.seed, "order", epoch))
+        # A run that was saved at the end of an epoch goes on with the next one, from its start.
+        first = self._resume_at["done"] if self._resume_at.get("epoch") == epoch else 0
+        self._resume_at = {}
         for batch in range(first, len(self)):
             mine = order[batch * self.batch_size : (batch + 1) * self.batch_size][self.rank :: self.world_size]
-            self._done = batch + 1
+            self._place = {"epoch": epoch, "done": batch + 1}
             yield tuple(tensor[mine] for tensor in self.tensors)
 
     def state_dict(self) -> dict[str, int]:
-        """The place in the epoch, in batches."""
-        return {"done": self._done % len(self)}
+        """The epoch, and how many of its batches are done."""
+        return self._place
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Begin the next pass where the saved one stood."""
-        self._resume_from = state["done"]
+        self._resume_at = state
 
 
 class MNISTDataModule(LightningDataModule):

@@ -16,13 +16,13 @@ def one_line(message: object) -> str:
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Turn errors that are the user's to mend, or the disk's, into one line on stderr and exit status 2.
+    """Turn errors that are the user's to mend, the disk's, or a diverged model's, into one line on stderr and exit status 2.
 
     An interrupt from the keyboard ends with status 130, as shells expect.
     """
     try:
         yield
-    except UserError as error:
+    except (UserError, FloatingPointError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:

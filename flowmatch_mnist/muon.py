@@ -52,7 +52,7 @@ class Muon(AdamW):
         self.momentum = momentum
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both."""
         loss = None
         if closure is not None:
@@ -68,7 +68,7 @@ class Muon(AdamW):
         return loss
 
     def _move(self, kernels: list[Tensor], lr: float, weight_decay: float) -> None:
-        gradients = [p.grad for p in kernels]
+        gradients = [p.grad for p in kernels if p.grad is not None]
         for p in kernels:
             if p not in self.state:
                 # AdamW expects a count of steps in every state that it loads.
