@@ -8,6 +8,7 @@ python sample.py 3 1 4 1 5 --out pi.gif
 import argparse
 import math
 import re
+import sys
 import time
 from dataclasses import replace
 from itertools import chain
@@ -84,6 +85,7 @@ def main() -> None:
 
     # Imported after parsing, so that a mistake on the command line is told at once.
     import torch
+    from rich.console import Console
     from rich.progress import Progress
 
     from flowmatch_mnist.generate import generate, load, newest_checkpoint
@@ -101,7 +103,7 @@ def main() -> None:
 
     columns = list(chain.from_iterable(options.labels))
     y = torch.tensor(columns).repeat(options.per_class)
-    with Progress(transient=True) as progress:
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("drawing", total=len(y))
         digits = generate(
             net,

@@ -49,6 +49,11 @@ class EMA(WeightAveraging):
         decay = min(self.decay, (1 + self._step) / (10 + self._step))
         torch._foreach_lerp_(averages, current, 1 - decay)
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take up the average where a run goes on; elsewhere the module's own weights, as saved, are the average."""
+        if self._average_model is not None:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
     @property
     def average(self) -> FlowMatching | None:
         """The averaged copy of the module, once a fit has begun."""

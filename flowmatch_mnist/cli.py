@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -44,9 +44,9 @@ class LogConfig(SaveConfigCallback):
             trainer.logger.experiment.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()))
 
 
-def native_precision() -> str:
+def native_precision(accelerator: str) -> str:
     """bf16 mixed precision where the hardware computes in it, else 32 bits: emulated bf16 is far slower than fp32."""
-    if torch.cuda.is_available():
+    if accelerator != "cpu" and torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -124,8 +124,10 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand]
         self.folder: Path | None = None
         if config.trainer.precision is None:
-            config.trainer.precision = native_precision()
+            config.trainer.precision = native_precision(config.trainer.accelerator)
         config.weights_only = True
+        if self.subcommand != "fit" and config.ckpt_path is None:
+            raise UserError(f"{self.subcommand} needs a trained model; name it with --ckpt_path (a file, or last, or best)")
         if config.ckpt_path is not None:
             checkpoint = find_checkpoint(config.ckpt_path, config.name)
             read_checkpoint(checkpoint)
@@ -143,7 +145,9 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self._get(self.config_init, "trainer")
-        callbacks = [Report(), WriteDigits()]
+        # Report is first, so that its clock stops before others take their time.
+        kwargs["callbacks"] = [Report(), *(settings.callbacks or [])]
+        callbacks: list[Callback] = [WriteDigits()]
         if settings.enable_progress_bar is not False:
             callbacks.append(RichProgressBar())
         self.trainer_defaults["callbacks"] = callbacks
@@ -187,6 +191,7 @@ def main() -> None:
     log.setLevel(logging.INFO)
     warnings.filterwarnings("ignore", message=".*treespec.*LeafSpec.*")  # Lightning's own, of PyTorch's newest versions
     warnings.filterwarnings("ignore", message=".*Grad strides do not match bucket view strides.*")  # of 1x1 convolutions
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")  # when a run goes on
     torch.set_float32_matmul_precision("high")
     with exit_on_error():
         try:

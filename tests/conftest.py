@@ -50,6 +50,13 @@ def assert_one_line_error(done: subprocess.CompletedProcess[str], *words: str) -
         assert word in lines[0], lines[0]
 
 
+class Evil:
+    """A stranger's pickle: loaded carelessly, it makes a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
     """A folder in which `train.py` ran the tiny config to its end; the run is runs/tiny/version_0."""

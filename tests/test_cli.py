@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, assert_one_line_error, run
+from conftest import ROOT, TINY, Evil, assert_one_line_error, run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -79,7 +79,7 @@ def test_last_goes_on_in_the_same_folder_with_the_same_config(tiny_run, tmp_path
     shutil.copytree(tiny_run / "runs", tmp_path / "runs")
     done = run("train.py", "--ckpt_path", "last", "--trainer.max_epochs", 3, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "going on from runs/tiny/version_0/checkpoints/last.ckpt" in done.stdout
+    assert "going on from runs/tiny/version_0/checkpoints/last.ckpt" in done.stdout and done.stderr == ""
     assert sorted(path.name for path in (tmp_path / "runs/tiny").iterdir()) == ["version_0"]
     assert (tmp_path / "runs/tiny/version_0/samples/grid-000018.png").is_file()
     losses = events(tmp_path / "runs/tiny/version_0").Scalars("loss/val")
@@ -89,7 +89,7 @@ def test_last_goes_on_in_the_same_folder_with_the_same_config(tiny_run, tmp_path
 @pytest.mark.parametrize("subcommand", ["validate", "test"])
 def test_validate_and_test_need_only_the_checkpoint(tiny_run, subcommand):
     done = run("train.py", subcommand, "--ckpt_path", "runs/tiny/version_0/checkpoints/last.ckpt", cwd=tiny_run)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
     assert f"loss/{subcommand[:3] if subcommand == 'validate' else 'test'}" in done.stdout
     assert sorted(path.name for path in (tiny_run / "runs/tiny").iterdir()) == ["version_0"]
 
@@ -160,6 +160,17 @@ def test_mistakes_get_one_line(tiny_run, tmp_path, data_dir, arguments, words):
     base = ["--config", TINY] if "--config" not in arguments else []
     data = ["--data.data_dir", data_dir] if "--data.data_dir" not in arguments else []
     assert_one_line_error(run("train.py", "fit", *base, *data, *arguments, cwd=tmp_path), *words)
+
+
+def test_evaluating_without_a_checkpoint_gets_one_line(tmp_path):
+    assert_one_line_error(run("train.py", "test", "--config", TINY, cwd=tmp_path), "test needs a trained model", "--ckpt_path")
+
+
+def test_a_checkpoint_from_a_stranger_runs_no_code(tmp_path):
+    torch.save({"state_dict": Evil(), "hyper_parameters": {"_class_path": "os.system"}}, tmp_path / "evil.ckpt")
+    done = run("train.py", "test", "--config", TINY, "--ckpt_path", "evil.ckpt", cwd=tmp_path)
+    assert_one_line_error(done, "evil.ckpt")
+    assert not (tmp_path / "owned").exists()
 
 
 def test_a_wrong_data_file_without_any_source_gets_one_line(tmp_path):

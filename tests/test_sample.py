@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, run
+from conftest import ROOT, Evil, assert_one_line_error, run
 from PIL import Image
 
 from flowmatch_mnist.errors import UserError
@@ -19,7 +19,8 @@ CHECKPOINT = "runs/tiny/version_0/checkpoints/last.ckpt"
 
 def sample(cwd, *arguments):
     done = run("sample.py", *arguments, cwd=cwd)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 2
     return done.stdout
 
 
@@ -116,13 +117,6 @@ def test_mistakes_get_one_line_and_leave_nothing_behind(tiny_run, tmp_path, argu
     before = sorted(tmp_path.rglob("*"))
     assert_one_line_error(run("sample.py", *arguments, cwd=tmp_path), *words)
     assert sorted(tmp_path.rglob("*")) == before
-
-
-class Evil:
-    """Unpickled, it would make a folder."""
-
-    def __reduce__(self):
-        return os.mkdir, ("owned",)
 
 
 def test_the_evil_file_would_have_worked_without_our_care(tmp_path, monkeypatch):
