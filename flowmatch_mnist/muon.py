@@ -17,12 +17,18 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
     """Push all singular values of each matrix towards 1, by a Newton-Schulz iteration: (N, rows, columns) -> same shape.
 
     The quintic's coefficients are Jordan's: after five rounds every singular value that was not tiny lies in about 0.7 to 1.2.
+    Each round multiplies x by a polynomial of x x^T. So the rounds are done on that small square matrix, and x itself is
+    multiplied once, by their product: a third of the operations for a kernel of 96 by 1,728.
     """
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     wide = x if x.shape[-2] <= x.shape[-1] else x.mT
+    identity = torch.eye(wide.shape[-2], dtype=x.dtype, device=x.device)
+    gram, product = wide @ wide.mT, identity
     for _ in range(iterations):
-        gram = wide @ wide.mT
-        wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
+        polynomial = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
+        gram = polynomial @ gram @ polynomial
+        product = polynomial @ product
+    wide = product @ wide
     return wide if x.shape[-2] <= x.shape[-1] else wide.mT
 
 
