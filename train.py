@@ -1,7 +1,7 @@
 """Train a class-conditional flow-matching model on MNIST.
 
 python train.py                                          the defaults of configs/mnist.yaml
-python train.py --config configs/quick.yaml              about ten minutes on a laptop
+python train.py --config configs/quick.yaml              about eleven minutes on a laptop
 python train.py fit|validate|test|predict --help         everything else
 """
 

@@ -55,7 +55,7 @@ def native_precision(accelerator: str) -> str:
 
 def run_folder(checkpoint: Path) -> Path | None:
     """The run `.../<name>/version_<n>` whose checkpoint this is, or None for a file that lies elsewhere."""
-    folder = checkpoint.resolve().parent.parent
+    folder = checkpoint.parent.parent  # not made absolute: what ModelCheckpoint kept is for the folder as it was given
     return folder if checkpoint.parent.name == "checkpoints" and re.fullmatch(r"version_\d+", folder.name) else None
 
 
@@ -154,7 +154,11 @@ class CLI(LightningCLI):
         if settings.logger in (None, True):
             save_dir, name, version = RUNS, self._get(self.config, "name"), None
             if self.folder is not None:
-                save_dir, name, version = self.folder.parent.parent, self.folder.parent.name, self.folder.name
+                save_dir, name, version = (
+                    self.folder.parent.parent,
+                    self.folder.parent.name,
+                    int(self.folder.name.removeprefix("version_")),
+                )
             kwargs["logger"] = TensorBoardLogger(save_dir, name, version, default_hp_metric=False)
         return super().instantiate_trainer(**kwargs)
 
