@@ -130,7 +130,7 @@ class CLI(LightningCLI):
             raise UserError(f"{self.subcommand} needs a trained model; name it with --ckpt_path (a file, or last, or best)")
         if config.ckpt_path is not None:
             checkpoint = find_checkpoint(config.ckpt_path, config.name)
-            read_checkpoint(checkpoint)
+            self.held = read_checkpoint(checkpoint)[KEY]
             if self.subcommand != "fit" or config.ckpt_path in ("last", "best"):
                 self.folder = run_folder(checkpoint)
             config.ckpt_path = str(checkpoint)
@@ -166,7 +166,7 @@ class CLI(LightningCLI):
         checkpoint = self._get(self.config, "ckpt_path")
         wanted = describe(self.model.net, self.model.sampler)
         if checkpoint is not None:
-            held = read_checkpoint(Path(checkpoint))[KEY]
+            held = self.held
             if any(held.get(key) != wanted[key] for key in ("network", "arguments")):
                 raise UserError(
                     f"{checkpoint} holds {held['network']}({held['arguments']}), but the config asks for "
@@ -174,7 +174,8 @@ class CLI(LightningCLI):
                 )
             # Not in the config that is kept: a run from it should start afresh.
             self.config[self.subcommand].ckpt_path = None
-            print(f"{'going on from' if self.subcommand == 'fit' else 'using'} {checkpoint}", flush=True)
+            if self.trainer.is_global_zero:
+                print(f"{'going on from' if self.subcommand == 'fit' else 'using'} {checkpoint}", flush=True)
         if self.subcommand == "fit" and self.trainer.is_global_zero:
             size = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
             print(
