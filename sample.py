@@ -3,6 +3,8 @@
 python sample.py 7
 python sample.py 0-9 --per-class 8
 python sample.py 3 1 4 1 5 --out pi.gif
+python sample.py 7 --interpolate 10                       from one noise to another
+python sample.py 0-9 --from-image test:0                  the noise of a real digit, under every label
 """
 
 import argparse
@@ -13,13 +15,22 @@ import time
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from flowmatch_mnist.errors import UserError, exit_on_error, one_line
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flowmatch_mnist.generate import Flow
+
 ENDINGS = (".png", ".npz", ".gif")
+FRAMES = 61
+"""At most as many states make up an animation."""
+
 # Written out here, since importing them would import torch before a mistake on the command line could be told.
-SOLVERS = ("euler", "midpoint", "heun", "rk4", "dopri5")
+SOLVERS = ("euler", "midpoint", "heun", "rk4", "dpmpp_2m", "dopri5")
+SPACINGS = ("uniform", "log_snr")
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,6 +69,23 @@ def finite(text: str) -> float:
     return number
 
 
+def interval(text: str) -> tuple[float, float]:
+    """Two rising times in [0, 1], such as 0.2-0.9."""
+    match = re.fullmatch(r"([0-9.]+)-([0-9.]+)", text)
+    start, end = (finite(match[1]), finite(match[2])) if match else (1.0, 0.0)
+    if not 0 <= start <= end <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no interval of t such as 0.2-0.9")
+    return start, end
+
+
+def image(text: str) -> tuple[str, int]:
+    """A picture's file and its label, such as seven.png:7; or test and a number, for a digit of MNIST's test set."""
+    file, _, number = text.rpartition(":")
+    if not file or not re.fullmatch("[0-9]+", number) or int(number) > (9999 if file == "test" else 9):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a picture and its label, FILE:0-9, nor test:0-9999")
+    return file, int(number)
+
+
 def parse() -> argparse.Namespace:
     """The command line, checked."""
     parser = Parser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -65,17 +93,70 @@ def parse() -> argparse.Namespace:
     add("labels", type=labels, nargs="+", metavar="LABEL", help="digits or ranges of digits, a column of the grid each")
     add("--per-class", type=positive, default=1, metavar="N", help="rows of the grid (default: 1)")
     add("--checkpoint", type=Path, metavar="FILE", help="the model (default: last.ckpt of the newest run)")
-    add("--steps", type=positive, metavar="N", help="solver steps (default: the model's own, from its config)")
-    add("--solver", choices=SOLVERS, help="(default: the model's own)")
-    add("--guidance", type=finite, metavar="SCALE", help="guidance scale; 1 is off (default: the model's own)")
+    add("--out", type=Path, default="digits.png", metavar="FILE", help="a grid .png, arrays .npz, or the way there .gif")
     add("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     add("--batch-size", type=positive, default=250, metavar="N", help="digits drawn at a time (default: 250)")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
-    add("--out", type=Path, default="digits.png", metavar="FILE", help="a grid .png, arrays .npz, or the way there .gif")
+    add = parser.add_argument_group("how to solve (default: the model's own way, from its config)").add_argument
+    add("--steps", type=positive, metavar="N", help="solver steps")
+    add("--solver", choices=SOLVERS)
+    add("--spacing", choices=SPACINGS, help="of the steps: equal in time, or in log-SNR")
+    add("--guidance", type=finite, metavar="SCALE", help="guidance scale; 1 is off")
+    add("--guidance-interval", type=interval, metavar="FROM-TO", help="the t in which guidance acts, such as 0.2-0.9")
+    add("--churn", type=finite, help="noise renewed on the way: 0 is the ODE, 1 is DDPM's ancestral sampling")
+    group = parser.add_argument_group("which noise to start from (default: drawn from the seed)")
+    add = group.add_argument
+    add("--interpolate", type=positive, metavar="N", help="N noises in each row, along the sphere from one to another")
+    add(
+        "--from-image", type=image, action="append", metavar="FILE:LABEL", help="a digit's noise; test:N is of MNIST's test set"
+    )
+    add("--data-dir", type=Path, default="data", metavar="DIR", help="where MNIST is, for test:N (default: data)")
     options = parser.parse_args()
     if options.out.suffix.lower() not in ENDINGS:
         parser.error(f"--out {options.out} must end in one of {', '.join(ENDINGS)}")
+    if len(options.from_image or []) > (2 if options.interpolate else 1):
+        parser.error("--from-image is given once, or twice with --interpolate")
+    if options.from_image and not options.interpolate and options.per_class > 1:
+        parser.error("--from-image gives one noise, so that all rows would be the same; leave out --per-class")
     return options
+
+
+def noise_of(file: str, number: int, flow: "Flow", data_dir: Path) -> "Tensor":
+    """The noise that the flow carries to a picture, (1, 28, 28)."""
+    import torch
+    from PIL import Image, UnidentifiedImageError
+    from torchvision.transforms.functional import pil_to_tensor
+
+    from flowmatch_mnist import mnist
+    from flowmatch_mnist.generate import invert
+
+    if file == "test":
+        mnist.prepare(data_dir)
+        images, labels = mnist.load(data_dir, "test")
+        pixels, label = images[number : number + 1], int(labels[number])
+    else:
+        try:
+            with Image.open(file) as picture:
+                pixels, label = pil_to_tensor(picture.convert("L").resize((28, 28))), number
+        except UnidentifiedImageError as error:
+            raise UserError(f"{file} is no picture; give a PNG of a white digit on black") from error
+    return invert(flow, pixels[None].float() / 127.5 - 1, torch.tensor([label]))[0]
+
+
+def noises(options: argparse.Namespace, columns: int, rows: int, flow: "Flow") -> "Tensor | None":
+    """The noise (N, 1, 28, 28) that was asked for in place of the seed's, row after row of the grid; None for the seed's."""
+    import torch
+
+    from flowmatch_mnist import streams
+    from flowmatch_mnist.generate import draw_noise, interpolate
+
+    given = [noise_of(file, number, flow, options.data_dir) for file, number in options.from_image or []]
+    if not options.interpolate:
+        return given[0].expand(rows * columns, -1, -1, -1) if given else None
+    ends = draw_noise(2 * rows, flow.net.shape, streams.generator("cpu", options.seed, "sampling")).unflatten(0, (rows, 2))
+    for place, noise in enumerate(given):
+        ends[:, place] = noise
+    return torch.cat([interpolate(first, last, options.interpolate) for first, last in ends])
 
 
 def main() -> None:
@@ -97,19 +178,32 @@ def main() -> None:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"no device {device!r} here; use --device cpu") from error
     checkpoint = options.checkpoint or newest_checkpoint()
-    net, sampler = load(checkpoint, device)
-    asked = {name: getattr(options, name) for name in ("steps", "solver", "guidance")}
-    sampler = replace(sampler, **{name: value for name, value in asked.items() if value is not None})
+    flow, sampler = load(checkpoint, device)
+    if flow.net.shape != (1, 28, 28) or flow.net.no_label != 10:
+        raise UserError(
+            f"{checkpoint} draws no digits (its samples have shape {flow.net.shape}); name another with --checkpoint"
+        )
+    settings = ("steps", "solver", "guidance", "guidance_interval", "spacing", "churn")
+    asked = {name: getattr(options, name) for name in settings if getattr(options, name) is not None}
+    try:
+        sampler = replace(sampler, **asked)
+    except ValueError as error:
+        raise UserError(error) from error
 
-    columns = list(chain.from_iterable(options.labels))
-    y = torch.tensor(columns).repeat(options.per_class)
+    asked_labels = torch.tensor(list(chain.from_iterable(options.labels)))
+    if options.interpolate:  # a row for each label
+        columns, y = options.interpolate, asked_labels.repeat(options.per_class).repeat_interleave(options.interpolate)
+    else:  # a column for each label
+        columns, y = len(asked_labels), asked_labels.repeat(options.per_class)
+    noise = noises(options, columns, len(y) // columns, flow)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("drawing", total=len(y))
         digits = generate(
-            net,
+            flow,
             y,
             sampler,
             seed=options.seed,
+            noise=noise,
             batch_size=options.batch_size,
             keep_states=options.out.suffix.lower() == ".gif",
             on_batch=lambda done: progress.advance(task, done),
@@ -117,14 +211,15 @@ def main() -> None:
 
     match options.out.suffix.lower():
         case ".png":
-            save_png(grid(digits.images, len(columns)), options.out)
+            save_png(grid(digits.values, columns), options.out)
         case ".npz":
-            save_npz(digits.images, digits.labels, options.out)
+            save_npz(options.out, images=digits.values, labels=digits.labels)
         case ".gif":
             assert digits.states is not None
-            save_gif(torch.stack([grid(frame, len(columns)) for frame in digits.states]), options.out)
-    how = f"{sampler.solver}, {sampler.steps} steps, {digits.evaluations} evaluations each, guidance {sampler.guidance:g}"
-    print(f"drew {len(y)} digit{'s' * (len(y) > 1)} with {checkpoint} ({how}, seed {options.seed})")
+            shown = torch.linspace(0, len(digits.states) - 1, min(len(digits.states), FRAMES)).round().long()
+            save_gif(torch.stack([grid(frame, columns) for frame in digits.states[shown]]), options.out)
+    how = f"{sampler.description()}, {digits.evaluations} evaluations each, seed {options.seed}"
+    print(f"drew {len(y)} digit{'s' * (len(y) > 1)} with {checkpoint} ({how})")
     print(f"wrote {options.out} after {time.perf_counter() - started:.1f} s")
 
 

@@ -107,7 +107,7 @@ def main() -> None:
         seconds = time.perf_counter() - started
         print(
             f"{way.solver:9} {way.steps:2} steps, guidance {way.guidance}: label accuracy "
-            f"{accuracy(classifier, digits.images, labels):.4f}  (NFE {digits.evaluations}, {seconds:.0f} s)"
+            f"{accuracy(classifier, digits.values, labels):.4f}  (NFE {digits.evaluations}, {seconds:.0f} s)"
         )
 
 

@@ -1,4 +1,4 @@
-"""What watches the training: averaged weights, digit grids, a line for each epoch, and the files of `predict`."""
+"""What watches the training: averaged weights, samples, a line for each epoch, and the files of `predict`."""
 
 import time
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from lightning.pytorch.callbacks import BasePredictionWriter, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from flowmatch_mnist.field import VelocityField
-from flowmatch_mnist.generate import generate
+from flowmatch_mnist.data import PairsDataModule
+from flowmatch_mnist.generate import Samples, generate
 from flowmatch_mnist.module import FlowMatching, is_logged
-from flowmatch_mnist.pictures import grid, save_npz, save_png
+from flowmatch_mnist.pictures import save_npz, save_png
 
 
 class EMA(WeightAveraging):
@@ -60,30 +60,33 @@ class EMA(WeightAveraging):
         return None if self._average_model is None else cast(FlowMatching, self._average_model.module)
 
 
-def averaged_net(trainer: Trainer, module: FlowMatching) -> VelocityField:
-    """The network with its averaged weights, or as it is where nothing is averaged."""
+def averaged(trainer: Trainer, module: FlowMatching) -> FlowMatching:
+    """The module with its averaged weights, or as it is where nothing is averaged."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     averages = [callback.average for callback in callbacks if isinstance(callback, EMA)]
-    return next((average.net for average in averages if average is not None), module.net)
+    return next((average for average in averages if average is not None), module)
 
 
-class SampleDigits(Callback):
-    """Draws, with the averaged weights, a grid of digits and the way there, into TensorBoard and as PNG files.
+class DrawSamples(Callback):
+    """Draws, with the averaged weights, samples of every class: pictures and figures, into TensorBoard and as PNG files.
 
-    The grid has one column for each class, and the same noise every time, so that the eye can follow each digit as it forms.
-    The strip shows one digit of each class in a row, from the noise on the left to the digit on the right. Files go to
-    `samples/` in the run's folder, beside `checkpoints/`. One process draws; the others wait for it at their next step.
+    The noise is the same every time, so that the eye can follow each sample as it forms. What the pictures show is for the data
+    module to say. Files go to `samples/` in the run's folder, beside `checkpoints/`. One process draws; the others wait for it
+    at their next step.
 
     Args:
         every_n_epochs: how often to draw, in epochs; 0 is never.
         every_n_steps: how often to draw, in optimizer steps; 0 is never.
-        rows: digits of each class in the grid.
+        rows: samples of each class.
         seed: of the noise.
+
+    Raises:
+        ValueError: if a number is out of its range.
     """
 
     def __init__(self, every_n_epochs: int = 1, every_n_steps: int = 0, rows: int = 8, seed: int = 0) -> None:
         if min(every_n_epochs, every_n_steps) < 0 or rows < 1:
-            raise ValueError("SampleDigits needs every_n_epochs and every_n_steps of at least 0, and rows of at least 1")
+            raise ValueError("DrawSamples needs every_n_epochs and every_n_steps of at least 0, and rows of at least 1")
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.rows = rows
@@ -112,20 +115,28 @@ class SampleDigits(Callback):
         if not trainer.is_global_zero or trainer.global_step == self._drawn_at:
             return
         self._drawn_at = trainer.global_step
-        net = averaged_net(trainer, module)
-        labels = torch.arange(net.no_label).repeat(self.rows)
-        digits = generate(net, labels, module.sampler, seed=self.seed, keep_states=True)
-        assert digits.states is not None
-        way = digits.states[:, : net.no_label]  # (steps + 1, classes, H, W): the first row of the grid
-        pictures = {
-            "grid": grid(digits.images, columns=net.no_label),
-            "trajectory": grid(way.transpose(0, 1).flatten(0, 1), columns=len(way)),
-        }
-        for name, picture in pictures.items():
+        data: PairsDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        samples = generate(
+            averaged(trainer, module).flow,
+            torch.arange(data.classes).repeat(self.rows),
+            module.sampler,
+            seed=self.seed,
+            keep_states=True,
+            finish=data.finish,
+        )
+        for name, picture in data.pictures(samples).items():
             if self.folder is not None:
                 save_png(picture, self.folder / "samples" / f"{name}-{trainer.global_step:06d}.png")
             if isinstance(trainer.logger, TensorBoardLogger):
-                trainer.logger.experiment.add_image(f"digits/{name}", picture[None], trainer.global_step)
+                pixels = picture if picture.dim() == 3 else picture[..., None]
+                trainer.logger.experiment.add_image(f"samples/{name}", pixels, trainer.global_step, dataformats="HWC")
+        figures = data.figures(samples)
+        for name, figure in figures.items():
+            if isinstance(trainer.logger, TensorBoardLogger):
+                trainer.logger.experiment.add_scalar(f"samples/{name}", figure, trainer.global_step)
+        if figures:
+            words = ", ".join(f"{name} {figure:.3f}" for name, figure in figures.items())
+            print(f"step {trainer.global_step}: {len(samples.labels)} samples, {words}", flush=True)
 
 
 class Report(Callback):
@@ -182,8 +193,8 @@ class Report(Callback):
         )
 
 
-class WriteDigits(BasePredictionWriter):
-    """Writes what `predict` drew, arrays as `predictions.npz` and a grid as `predictions.png`, in the run's folder."""
+class WriteSamples(BasePredictionWriter):
+    """Writes what `predict` drew, arrays as `predictions.npz` and pictures beside them, in the run's folder."""
 
     def __init__(self) -> None:
         super().__init__(write_interval="epoch")
@@ -197,11 +208,15 @@ class WriteDigits(BasePredictionWriter):
         folder = Path(trainer.log_dir or ".")  # asked by all processes, since they agree on it together
         if not trainer.is_global_zero:
             return
+        data: PairsDataModule = trainer.datamodule  # type: ignore[attr-defined]
         batches = [interleave(share) for batch in zip(*shares, strict=True) for share in zip(*batch, strict=True)]
-        images, labels = torch.cat(batches[0::2]).cpu(), torch.cat(batches[1::2]).cpu()
-        save_npz(images, labels, folder / "predictions.npz")
-        save_png(grid(images, columns=cast(FlowMatching, pl_module).net.no_label), folder / "predictions.png")
-        print(f"wrote {len(images)} digits to {folder / 'predictions.npz'} and {folder / 'predictions.png'}")
+        values, labels = data.finish(torch.cat(batches[0::2])).cpu(), torch.cat(batches[1::2]).cpu()
+        written = [folder / "predictions.npz"]
+        save_npz(written[0], **{data.kind: values}, labels=labels)
+        for name, picture in data.pictures(Samples(values, labels, evaluations=0)).items():
+            written.append(folder / f"predictions-{name}.png")
+            save_png(picture, written[-1])
+        print(f"wrote {len(values)} samples: {', '.join(map(str, written))}")
 
 
 def interleave(shares: Sequence[Tensor]) -> Tensor:

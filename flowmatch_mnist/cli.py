@@ -14,10 +14,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from flowmatch_mnist.callbacks import EMA, Report, SampleDigits, WriteDigits
-from flowmatch_mnist.data import MNISTDataModule
+from flowmatch_mnist.callbacks import EMA, DrawSamples, Report, WriteSamples
+from flowmatch_mnist.data import PairsDataModule
 from flowmatch_mnist.errors import UserError, exit_on_error, one_line
-from flowmatch_mnist.generate import KEY, describe, newest_checkpoint, read_checkpoint
+from flowmatch_mnist.generate import KEY, newest_checkpoint, read_checkpoint
 from flowmatch_mnist.module import FlowMatching
 
 RUNS = Path("runs")
@@ -60,7 +60,7 @@ def run_folder(checkpoint: Path) -> Path | None:
 
 
 def complete(arguments: list[str]) -> list[str]:
-    """Fill in what may be left out of a command line: `fit`, and the config.
+    """Fill in what may be left out of a command line: `fit`, and the config. Configs come first, other options overrule them.
 
     Without a config, a checkpoint's run brings its own; otherwise it is `configs/mnist.yaml`.
     """
@@ -68,15 +68,23 @@ def complete(arguments: list[str]) -> list[str]:
         return arguments
     if not arguments or arguments[0] not in SUBCOMMANDS:
         arguments = ["fit", *arguments]
-    if any(argument in ("-c", "--config") or argument.startswith("--config=") for argument in arguments):
-        return arguments
+    configs: list[str] = []
+    others: list[str] = []
+    rest = iter(arguments[1:])
+    for argument in rest:
+        if argument in ("-c", "--config"):
+            configs += ["--config", next(rest, "")]
+        else:
+            (configs if argument.startswith("--config=") else others).append(argument)
+    if configs:
+        return [arguments[0], *configs, *others]
     config = DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else Path(__file__).resolve().parent.parent / DEFAULT_CONFIG
     checkpoint = option(arguments, "--ckpt_path")
     if checkpoint is not None:
         folder = run_folder(find_checkpoint(checkpoint, option(arguments, "--name") or "*"))
         if folder is not None and (folder / "config.yaml").is_file():
             config = folder / "config.yaml"
-    return [arguments[0], "--config", str(config), *arguments[1:]]
+    return [arguments[0], "--config", str(config), *others]
 
 
 def option(arguments: list[str], name: str) -> str | None:
@@ -104,7 +112,7 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=str, default="mnist", help="The run's name: it goes to runs/<name>/version_<n>/.")
         parser.add_lightning_class_args(EMA, "ema")
-        parser.add_lightning_class_args(SampleDigits, "sampling")
+        parser.add_lightning_class_args(DrawSamples, "sampling")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
             {
@@ -114,7 +122,7 @@ class CLI(LightningCLI):
                 "checkpoint.enable_version_counter": False,
             }
         )
-        for target in ("model.seed", "data.seed"):
+        for target in ("model.seed", "data.init_args.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=int)
 
     def _parse_ckpt_path(self) -> None:
@@ -147,7 +155,7 @@ class CLI(LightningCLI):
         settings = self._get(self.config_init, "trainer")
         # Report is first, so that its clock stops before others take their time.
         kwargs["callbacks"] = [Report(), *(settings.callbacks or [])]
-        callbacks: list[Callback] = [WriteDigits()]
+        callbacks: list[Callback] = [WriteSamples()]
         if settings.enable_progress_bar is not False:
             callbacks.append(RichProgressBar())
         self.trainer_defaults["callbacks"] = callbacks
@@ -164,14 +172,21 @@ class CLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         checkpoint = self._get(self.config, "ckpt_path")
-        wanted = describe(self.model.net, self.model.sampler)
+        net, data = self.model.net, self.datamodule
+        if net.shape != data.shape or net.no_label != data.classes:
+            raise UserError(
+                f"{type(net).__name__} is for {net.no_label} classes of shape {tuple(net.shape)}, but {type(data).__name__} "
+                f"has {data.classes} of shape {tuple(data.shape)}; mend the config"
+            )
+        wanted = self.model.flow.describe(self.model.sampler)
         if checkpoint is not None:
             held = self.held
-            if any(held.get(key) != wanted[key] for key in ("network", "arguments")):
-                raise UserError(
-                    f"{checkpoint} holds {held['network']}({held['arguments']}), but the config asks for "
-                    f"{wanted['network']}({wanted['arguments']}); give the --config it was trained with, or none"
-                )
+            for key in ("network", "arguments", "path", "prediction"):
+                if held.get(key) != wanted[key]:
+                    raise UserError(
+                        f"{checkpoint} holds a model with {key} {held.get(key)}, but the config asks for {wanted[key]}; "
+                        "give the --config it was trained with, or none"
+                    )
             # Not in the config that is kept: a run from it should start afresh.
             self.config[self.subcommand].ckpt_path = None
             if self.trainer.is_global_zero:
@@ -203,7 +218,8 @@ def main() -> None:
             sys.argv[1:] = complete(sys.argv[1:])
             CLI(
                 FlowMatching,
-                MNISTDataModule,
+                PairsDataModule,
+                subclass_mode_data=True,
                 parser_class=Parser,
                 save_config_callback=LogConfig,
                 save_config_kwargs={"overwrite": True},

@@ -1,4 +1,4 @@
-"""The data module: real digits out of memory, and with them, for each batch, the noise they are paired with."""
+"""The data modules: real digits out of memory, and with them, for each batch, the noise they are paired with."""
 
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -10,10 +10,12 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from flowmatch_mnist import mnist, streams
-from flowmatch_mnist.generate import draw_noise
+from flowmatch_mnist.couplings import COUPLINGS, CouplingName
+from flowmatch_mnist.generate import Samples, draw_noise, to_images
+from flowmatch_mnist.pictures import grid
 
 Pairs = tuple[Tensor, Tensor, Tensor]
-"""(x0, x1, y): noise and data (B, 1, 28, 28), labels int64 (B,)."""
+"""(x0, x1, y): noise and data (B, *shape), labels int64 (B,)."""
 
 
 class Batches:
@@ -79,7 +81,124 @@ class Batches:
         self._resume_at = state
 
 
-class MNISTDataModule(LightningDataModule):
+class PairsDataModule(LightningDataModule):
+    """Yields the pairs (x0, x1, y) of noise and data, and knows how to show what was drawn.
+
+    A subclass says in `setup` what the splits are: "train" is (data, labels), "val" and "test" are (data, labels, fixed noise).
+
+    Args:
+        batch_size: training samples per step and process.
+        eval_batch_size: samples per step of validation and test, shared between the processes.
+        predict_per_class: how many samples of each class `predict` draws.
+        coupling: which noise of a batch is paired with which of its data; see `couplings`.
+        seed: of the noise and of the data order; the command line sets it from `seed_everything`.
+
+    Attributes:
+        shape: of one sample.
+        classes: how many classes there are.
+        kind: what the samples are, in the plural.
+    """
+
+    shape: tuple[int, ...]
+    classes: int
+    kind = "images"
+
+    def __init__(
+        self,
+        batch_size: int,
+        eval_batch_size: int,
+        predict_per_class: int,
+        coupling: CouplingName = "independent",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if min(batch_size, eval_batch_size, predict_per_class) < 1:
+            raise ValueError(
+                "batch sizes and predict_per_class must be at least 1, got "
+                f"batch_size {batch_size}, eval_batch_size {eval_batch_size}, predict_per_class {predict_per_class}"
+            )
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.predict_per_class = predict_per_class
+        self.couple = COUPLINGS[coupling]
+        self.seed = seed
+        self.splits: dict[str, tuple[Tensor, ...]] = {}
+        self._untrained_batches = count()
+
+    def scale(self, data: Tensor) -> Tensor:
+        """Data as the splits hold it, as the x1 (B, *shape) that the network sees."""
+        return data
+
+    def finish(self, x: Tensor) -> Tensor:
+        """States (B, *shape) as what is kept of them, to be shown and written: the inverse of `scale`, more or less."""
+        return x
+
+    def pictures(self, samples: Samples) -> dict[str, Tensor]:
+        """Pictures uint8 (H, W) or (H, W, 3) by name, of the ways too where the samples came with their states."""
+        raise NotImplementedError
+
+    def figures(self, samples: Samples) -> dict[str, float]:
+        """Measures by name of how good the samples are."""
+        return {}
+
+    def fixed_noise(self, split: str, samples: int) -> Tensor:
+        """The noise of an evaluation, the same in every epoch and run: float32 (samples, *shape)."""
+        return torch.randn(samples, *self.shape, generator=streams.generator("cpu", "fixed noise", split))
+
+    def train_dataloader(self) -> Batches:
+        """Batches (data, labels) in an order that is a function of (seed, epoch)."""
+        rank, world_size = self._place
+        return Batches(
+            *self.splits["train"],
+            batch_size=self.batch_size * world_size,
+            rank=rank,
+            world_size=world_size,
+            seed=self.seed,
+            epoch=lambda: self.trainer.current_epoch if self.trainer else 0,
+            drop_last=True,
+        )
+
+    def val_dataloader(self) -> Batches:
+        """Batches (data, labels, fixed noise), always in the same order."""
+        return self._in_order(*self.splits["val"])
+
+    def test_dataloader(self) -> Batches:
+        """Batches (data, labels, fixed noise), always in the same order."""
+        return self._in_order(*self.splits["test"])
+
+    def predict_dataloader(self) -> Batches:
+        """Batches (noise, labels, numbers): the classes in turn, with the noise that `sample.py` would give them."""
+        labels = torch.arange(self.classes).repeat(self.predict_per_class)
+        noise = draw_noise(len(labels), self.shape, streams.generator("cpu", self.seed, "sampling"))
+        return self._in_order(noise, labels, torch.arange(len(labels)))
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """On the batch's device: scale the data and pair it with noise.
+
+        A training batch gets noise of its own, a function of (seed, step, rank); an evaluation batch brings its fixed noise.
+        """
+        if self.trainer is not None and self.trainer.predicting:
+            return batch
+        data, y, *fixed_noise = batch
+        x1 = self.scale(data)
+        if fixed_noise:
+            return fixed_noise[0], x1, y
+        step = streams.step(self.trainer) if self.trainer else next(self._untrained_batches)
+        generator = streams.generator(x1.device, self.seed, "noise", step, self._place[0])
+        x0 = torch.randn(x1.shape, generator=generator, device=x1.device)
+        return self.couple(x0, x1, y), x1, y
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        """(rank, number of processes)."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _in_order(self, *tensors: Tensor) -> Batches:
+        rank, world_size = self._place
+        return Batches(*tensors, batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
+
+
+class MNISTDataModule(PairsDataModule):
     """MNIST's official split, 60,000 digits for training and 10,000 for test; validation is held out of training.
 
     Args:
@@ -88,11 +207,15 @@ class MNISTDataModule(LightningDataModule):
         val_size: how many training images are held out for validation, 1 to 59,999.
         eval_batch_size: images per step of validation and test, shared between the processes.
         predict_per_class: how many digits of each class `predict` draws.
+        coupling: which noise of a batch is paired with which of its digits; see `couplings`.
         seed: of the noise and of the data order; the command line sets it from `seed_everything`.
 
     Raises:
         ValueError: if a size is out of its range.
     """
+
+    shape = (1, 28, 28)
+    classes = 10
 
     def __init__(
         self,
@@ -101,22 +224,14 @@ class MNISTDataModule(LightningDataModule):
         val_size: int = 5000,
         eval_batch_size: int = 500,
         predict_per_class: int = 10,
+        coupling: CouplingName = "independent",
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        if min(batch_size, eval_batch_size, predict_per_class) < 1 or not 1 <= val_size <= 60_000 - batch_size:
-            raise ValueError(
-                "batch sizes and predict_per_class must be at least 1, and val_size must leave a batch of the 60,000 to train "
-                f"on, got batch_size {batch_size}, eval_batch_size {eval_batch_size}, val_size {val_size}"
-            )
+        super().__init__(batch_size, eval_batch_size, predict_per_class, coupling, seed)
+        if not 1 <= val_size <= 60_000 - batch_size:
+            raise ValueError(f"val_size must leave a batch of {batch_size} of the 60,000 to train on, got {val_size}")
         self.data_dir = Path(data_dir)
-        self.batch_size = batch_size
         self.val_size = val_size
-        self.eval_batch_size = eval_batch_size
-        self.predict_per_class = predict_per_class
-        self.seed = seed
-        self.splits: dict[str, tuple[Tensor, ...]] = {}
-        self._untrained_batches = count()
 
     def prepare_data(self) -> None:
         """Fetch what is missing. Lightning calls this in one process of each machine."""
@@ -135,58 +250,20 @@ class MNISTDataModule(LightningDataModule):
             images, labels = mnist.load(self.data_dir, "test")
             self.splits["test"] = (images, labels, self.fixed_noise("test", len(images)))
 
-    @staticmethod
-    def fixed_noise(split: str, samples: int) -> Tensor:
-        """The noise of an evaluation, the same in every epoch and run: float32 (samples, 1, 28, 28)."""
-        return torch.randn(samples, 1, 28, 28, generator=streams.generator("cpu", "fixed noise", split))
+    def scale(self, data: Tensor) -> Tensor:
+        """Bytes (B, 28, 28) as images (B, 1, 28, 28) in [-1, 1]."""
+        return data[:, None].float() / 127.5 - 1
 
-    def train_dataloader(self) -> Batches:
-        """Batches (images uint8 (B, 28, 28), labels (B,)) in an order that is a function of (seed, epoch)."""
-        rank, world_size = self._place
-        return Batches(
-            *self.splits["train"],
-            batch_size=self.batch_size * world_size,
-            rank=rank,
-            world_size=world_size,
-            seed=self.seed,
-            epoch=lambda: self.trainer.current_epoch if self.trainer else 0,
-            drop_last=True,
-        )
+    def finish(self, x: Tensor) -> Tensor:
+        """Images (B, 1, 28, 28) as bytes (B, 28, 28)."""
+        return to_images(x)
 
-    def val_dataloader(self) -> Batches:
-        """Batches (images, labels, fixed noise), always in the same order."""
-        return self._in_order(*self.splits["val"], batch_size=self.eval_batch_size)
-
-    def test_dataloader(self) -> Batches:
-        """Batches (images, labels, fixed noise), always in the same order."""
-        return self._in_order(*self.splits["test"], batch_size=self.eval_batch_size)
-
-    def predict_dataloader(self) -> Batches:
-        """Batches (noise, labels): the digits 0 to 9 in turn, with the noise that `sample.py` would give them."""
-        labels = torch.arange(10).repeat(self.predict_per_class)
-        noise = draw_noise(len(labels), (1, 28, 28), streams.generator("cpu", self.seed, "sampling"))
-        return self._in_order(noise, labels, batch_size=self.eval_batch_size)
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """On the batch's device: scale the images to [-1, 1] and pair them with noise.
-
-        A training batch gets noise of its own, a function of (seed, step, rank); an evaluation batch brings its fixed noise.
-        """
-        if self.trainer is not None and self.trainer.predicting:
-            return batch
-        images, y, *fixed_noise = batch
-        x1 = images[:, None].float() / 127.5 - 1
-        if fixed_noise:
-            return fixed_noise[0], x1, y
-        step = streams.step(self.trainer) if self.trainer else next(self._untrained_batches)
-        noise = streams.generator(x1.device, self.seed, "noise", step, self._place[0])
-        return torch.randn(x1.shape, generator=noise, device=x1.device), x1, y
-
-    @property
-    def _place(self) -> tuple[int, int]:
-        """(rank, number of processes)."""
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
-    def _in_order(self, *tensors: Tensor, batch_size: int) -> Batches:
-        rank, world_size = self._place
-        return Batches(*tensors, batch_size=batch_size, rank=rank, world_size=world_size)
+    def pictures(self, samples: Samples) -> dict[str, Tensor]:
+        """A grid with a column for each class, and, with the states, a strip from noise to digit, a row for each class."""
+        pictures = {"grid": grid(samples.values, columns=self.classes)}
+        if samples.states is None:
+            return pictures
+        way = samples.states[:, : self.classes]  # (steps + 1, classes, H, W): the first row of the grid
+        # Some ten of the states are enough to see the way.
+        shown = way[torch.linspace(0, len(way) - 1, min(len(way), 11)).round().long()]
+        return pictures | {"trajectory": grid(shown.transpose(0, 1).flatten(0, 1), columns=len(shown))}

@@ -1,7 +1,7 @@
 """From saved weights to digits by label. `sample.py` and the training's callbacks both call this."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,50 +10,120 @@ import torch
 from torch import Tensor
 
 from flowmatch_mnist import streams
+from flowmatch_mnist.convert import PREDICTIONS, Prediction, StraightVelocity
 from flowmatch_mnist.errors import UserError, one_line
-from flowmatch_mnist.field import VelocityField
-from flowmatch_mnist.guidance import GuidedVelocity
+from flowmatch_mnist.guidance import Guided
+from flowmatch_mnist.mlp import MLP
+from flowmatch_mnist.network import Network
+from flowmatch_mnist.paths import PATHS, PathName
 from flowmatch_mnist.pictures import to_uint8
-from flowmatch_mnist.solvers import Velocity, check_solver, trajectory
+from flowmatch_mnist.solvers import Draw, Spacing, check_solver, time_grid, trajectory
 from flowmatch_mnist.unet import UNet
 
 KEY = "flowmatch_mnist"
 """Where in a checkpoint the description of its network stands."""
 
-NETWORKS = {"UNet": UNet}
+NETWORKS: dict[str, type[Network]] = {"UNet": UNet, "MLP": MLP}
 """The networks that a checkpoint may name. A file from a stranger must not choose what is imported."""
 
 
 @dataclass
 class Sampler:
-    """How digits are drawn.
+    """How samples are drawn.
 
     Args:
-        steps: equal steps from noise to digit, at least 1.
-        solver: euler, midpoint, heun, rk4 or dopri5; see `solvers.trajectory`.
+        steps: from noise to data, at least 1.
+        solver: euler, midpoint, heun, rk4, dpmpp_2m or dopri5; see `solvers.trajectory`.
         guidance: classifier-free guidance scale; 1 is off and 0 ignores the label.
+        guidance_interval: from and to which t, of the path the network was trained on, guidance acts.
+        spacing: of the steps: uniform in the time of that path, or log_snr.
+        churn: how much noise is renewed on the way; 0 is none (the ODE), 1 is DDPM's ancestral sampling.
 
     Raises:
-        ValueError: if one of them is out of its range.
+        ValueError: if one of them is out of its range, or they do not work together.
     """
 
     steps: int = 8
     solver: str = "midpoint"
     guidance: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    spacing: Spacing = "uniform"
+    churn: float = 0.0
 
     def __post_init__(self) -> None:
-        check_solver(self.solver, self.steps)
+        check_solver(self.solver, self.steps, self.spacing, self.churn)
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance must be a finite number, got {self.guidance}")
+        start, end = self.guidance_interval
+        self.guidance_interval = (start, end)  # a list, where it was read from a file
+        if not 0 <= start <= end <= 1:
+            raise ValueError(f"the interval of guidance must rise within [0, 1], got {start} to {end}")
 
-    def states(self, velocity: Velocity, x0: Tensor) -> Iterator[Tensor]:
-        """The states from the noise x0 (B, ...) to the digits: `steps` + 1 tensors of its shape."""
-        return trajectory(velocity, x0, self.steps, self.solver)
+    def description(self) -> str:
+        """Solver, steps and what else is not at its default, in words."""
+        words = [self.solver, f"{self.steps} step{'s' * (self.steps > 1)}", f"guidance {self.guidance:g}"]
+        if self.guidance not in (0, 1) and self.guidance_interval != (0, 1):
+            words[-1] += " from t = {:g} to {:g}".format(*self.guidance_interval)
+        if self.spacing != "uniform":
+            words.append(f"spacing {self.spacing}")
+        if self.churn:
+            words.append(f"churn {self.churn:g}")
+        return ", ".join(words)
 
 
-def describe(net: VelocityField, sampler: Sampler) -> dict[str, Any]:
-    """What a checkpoint says of its model, in plain values: the network, what builds it again, and how to sample it."""
-    return {"network": type(net).__name__, "arguments": net.arguments, "sampler": asdict(sampler)}
+@dataclass
+class Flow:
+    """A network, and how to read what it puts out: all that sampling needs.
+
+    Attributes:
+        net: the network.
+        path: the name of the path it was trained on.
+        prediction: what it puts out.
+    """
+
+    net: Network
+    path: PathName = "linear"
+    prediction: Prediction = "velocity"
+
+    def guided(self, y: Tensor, sampler: Sampler) -> Guided:
+        """The network with the labels y (B,) and the sampler's guidance bound; it counts its evaluations."""
+        return Guided(self.net, y, sampler.guidance, sampler.guidance_interval)
+
+    def states(
+        self, guided: Guided, x: Tensor, sampler: Sampler, *, draw: Draw | None = None, backwards: bool = False
+    ) -> Iterator[Tensor]:
+        """The states from noise to data: `sampler.steps` + 1 tensors of the shape of x (B, ...), the first x itself.
+
+        Args:
+            guided: the network, from `guided`.
+            x: the noise to start from; the data, to go backwards.
+            sampler: how.
+            draw: where churn's noise comes from.
+            backwards: whether to go from data to noise instead.
+
+        Raises:
+            ValueError: if a sampler with churn, or with a solver that needs times that rise, should go backwards.
+            FloatingPointError: if a state is not finite.
+        """
+        times = time_grid(sampler.steps, sampler.spacing, PATHS[self.path])
+        if backwards:
+            if sampler.churn or sampler.solver == "dpmpp_2m":
+                raise ValueError(
+                    f"{sampler.description()} goes from noise to data only; going back needs another solver, or churn 0"
+                )
+            times = times.flip(0)
+        velocity = StraightVelocity(guided, PATHS[self.path], self.prediction)
+        return trajectory(velocity, x, times, sampler.solver, churn=sampler.churn, draw=draw)
+
+    def describe(self, sampler: Sampler) -> dict[str, Any]:
+        """What a checkpoint says of its model, in plain values: what builds it again, and how to sample it."""
+        return {
+            "network": type(self.net).__name__,
+            "arguments": self.net.arguments,
+            "path": self.path,
+            "prediction": self.prediction,
+            "sampler": asdict(sampler) | {"guidance_interval": list(sampler.guidance_interval)},
+        }
 
 
 def newest_checkpoint(runs: Path = Path("runs"), name: str = "*", file: str = "last.ckpt") -> Path:
@@ -85,26 +155,25 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> tuple[VelocityField, Sampler]:
+def load(path: Path, device: torch.device | str = "cpu") -> tuple[Flow, Sampler]:
     """The network of a checkpoint, with its averaged weights, ready to sample, and the sampler of its config.
 
     Raises:
-        UserError: if the file is missing, damaged, of another shape than it says, or names an unknown network.
+        UserError: if the file is missing, damaged, of another shape than it says, or names what this program does not know.
     """
     checkpoint = read_checkpoint(path)
-    description = checkpoint[KEY]
-    network = NETWORKS.get(description.get("network"))
-    if network is None:
-        known = ", ".join(NETWORKS)
-        raise UserError(f"{path} holds a network {description.get('network')!r}; this program can build {known}")
+    held = checkpoint[KEY]
+    for what, known in (("network", NETWORKS), ("path", PATHS), ("prediction", PREDICTIONS)):
+        if held.get(what) not in known:
+            raise UserError(f"{path} holds a {what} {held.get(what)!r}; this program knows {', '.join(known)}")
     try:
-        net = network(**description["arguments"])
+        net = NETWORKS[held["network"]](**held["arguments"])
         weights = {key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items()}
         net.load_state_dict(weights)
-        sampler = Sampler(**description["sampler"])
+        sampler = Sampler(**held["sampler"])
     except Exception as error:  # a damaged description can fail in any way a constructor can
         raise UserError(f"the weights in {path} do not fit its network: {one_line(error)[:200]}; use another") from error
-    return net.to(device).eval(), sampler
+    return Flow(net.to(device).eval(), held["path"], held["prediction"]), sampler
 
 
 def draw_noise(count: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -112,19 +181,30 @@ def draw_noise(count: int, shape: tuple[int, ...], generator: torch.Generator) -
     return torch.stack([torch.randn(shape, generator=generator) for _ in range(count)])
 
 
+def churn_noise(seed: int, numbers: Iterable[int], shape: tuple[int, ...], device: torch.device) -> Draw:
+    """Noise for the samples of these numbers, from a stream for each: (samples, *shape) at each call."""
+    generators = [streams.generator("cpu", seed, "churn", n) for n in numbers]
+    return lambda: torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+
+
+def to_images(x: Tensor) -> Tensor:
+    """Samples (B, 1, H, W) in [-1, 1] as grey images uint8 (B, H, W)."""
+    return to_uint8(x).flatten(1, 2)
+
+
 @dataclass
-class Digits:
-    """Drawn digits.
+class Samples:
+    """What was drawn.
 
     Attributes:
-        images: uint8 (N, H, W).
+        values: (N, ...), one for each label; of digits, images uint8 (N, H, W).
         labels: int64 (N,).
-        evaluations: network evaluations for each digit (NFE); guidance counts twice. Of an adaptive solver, those of the
+        evaluations: network evaluations for each sample (NFE); guidance counts twice. Of an adaptive solver, those of the
             batch that needed most.
-        states: uint8 (steps + 1, N, H, W), the way from noise to digit, if it was asked for.
+        states: (steps + 1, N, ...), the way from noise to data, if it was asked for.
     """
 
-    images: Tensor
+    values: Tensor
     labels: Tensor
     evaluations: int
     states: Tensor | None = None
@@ -132,50 +212,95 @@ class Digits:
 
 @torch.inference_mode()
 def generate(
-    net: VelocityField,
+    flow: Flow,
     labels: Tensor,
     sampler: Sampler,
     *,
     seed: int = 0,
+    noise: Tensor | None = None,
     batch_size: int = 250,
     keep_states: bool = False,
+    finish: Callable[[Tensor], Tensor] = to_images,
     on_batch: Callable[[int], None] = lambda drawn: None,
-) -> Digits:
-    """Draw a digit for each label by integrating dx/dt = v(x, t, y) from noise at t=0 to t=1.
+) -> Samples:
+    """Draw a sample for each label by integrating dx/dt = v(x, t, y) from noise at t=0 to data at t=1.
 
-    The noise of the n-th digit depends on the seed and n alone, not on batch size or device. Memory is bounded by the batch;
+    The noise of the n-th sample depends on the seed and n alone, not on batch size or device. Memory is bounded by the batch;
     what is kept of each digit is one byte a pixel.
 
     Args:
-        net: the velocity field; its `image_shape` is (1, H, W).
-        labels: int64 (N,); `net.no_label` draws any digit.
-        sampler: solver, steps and guidance.
+        flow: the network, and how to read it.
+        labels: int64 (N,); `net.no_label` draws any class.
+        sampler: solver, steps, guidance and the rest.
         seed: of the noise.
-        batch_size: how many digits are drawn at a time, at least 1.
+        noise: to start from, (N, *shape), in place of the seed's.
+        batch_size: how many are drawn at a time, at least 1.
         keep_states: whether to keep the states on the way too.
-        on_batch: called after each batch with how many digits it drew.
+        finish: turns states (B, *shape) into what is kept of them; by default, images of bytes.
+        on_batch: called after each batch with how many samples it drew.
 
     Raises:
-        FloatingPointError: if the network puts out values that are not finite.
+        FloatingPointError: if a state is not finite.
     """
+    net = flow.net
     device = next(net.parameters()).device
-    noise = streams.generator("cpu", seed, "sampling")
+    source = streams.generator("cpu", seed, "sampling")
     was_training = net.training
     net.eval()
     kept = []
-    evaluations = 0
+    evaluations, done = 0, 0
     for y in labels.split(batch_size):
-        velocity = GuidedVelocity(net, y.to(device), sampler.guidance)
-        x0 = draw_noise(len(y), net.image_shape, noise).to(device)
+        guided = flow.guided(y.to(device), sampler)
+        x0 = draw_noise(len(y), net.shape, source) if noise is None else noise[done : done + len(y)]
+        draw = churn_noise(seed, range(done, done + len(y)), net.shape, device) if sampler.churn else None
         states: list[Tensor] = []
-        for x in sampler.states(velocity, x0):
+        for x in flow.states(guided, x0.to(device), sampler, draw=draw):
             # The states on the way are let go at once unless they are asked for.
             states = [*states, x] if keep_states else [x]
-        if not states[-1].isfinite().all():
-            raise FloatingPointError("the network puts out values that are not finite: its training diverged")
-        kept.append(torch.stack([to_uint8(x).flatten(1, 2) for x in states]).cpu())
-        evaluations = max(evaluations, velocity.evaluations)
+        kept.append(torch.stack([finish(x) for x in states]).cpu())
+        evaluations = max(evaluations, guided.evaluations)
+        done += len(y)
         on_batch(len(y))
     net.train(was_training)
     drawn = torch.cat(kept, dim=1)
-    return Digits(drawn[-1], labels, evaluations, drawn if keep_states else None)
+    return Samples(drawn[-1], labels, evaluations, drawn if keep_states else None)
+
+
+INVERTER = Sampler(steps=32, solver="rk4")
+"""What goes from digit to noise and back with an error far below what the eye sees."""
+
+
+@torch.inference_mode()
+def invert(flow: Flow, x1: Tensor, labels: Tensor, sampler: Sampler = INVERTER) -> Tensor:
+    """The noise that the flow carries to the given data, by integrating backwards from t=1 to t=0.
+
+    Args:
+        flow: the network, and how to read it.
+        x1: data (N, *shape), of images in [-1, 1].
+        labels: int64 (N,), of the data.
+        sampler: how; without churn.
+
+    Returns:
+        The noise (N, *shape), on the CPU.
+    """
+    device = next(flow.net.parameters()).device
+    *_, x0 = flow.states(flow.guided(labels.to(device), sampler), x1.to(device), sampler, backwards=True)
+    return x0.cpu()
+
+
+def interpolate(first: Tensor, last: Tensor, count: int) -> Tensor:
+    """`count` points from one noise to another, both included, along the great circle between them.
+
+    Straight interpolation would pass through points far nearer to the origin than noise ever lies. The length goes
+    evenly from that of the first to that of the last. Source: White 2016, "Sampling Generative Networks", section 2.1.
+
+    first, last (*shape) -> (count, *shape).
+    """
+    share = torch.linspace(0, 1, count).reshape(-1, *[1] * first.dim())
+    lengths = first.norm(), last.norm()
+    cosine = (first * last).sum() / (lengths[0] * lengths[1])
+    angle = torch.arccos(cosine.clamp(-1, 1))
+    if angle < 1e-4:
+        return first + share * (last - first)
+    directions = torch.sin((1 - share) * angle) * first / lengths[0] + torch.sin(share * angle) * last / lengths[1]
+    return directions / torch.sin(angle) * ((1 - share) * lengths[0] + share * lengths[1])

@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from flowmatch_mnist import streams
+from flowmatch_mnist.convert import Prediction, target
 from flowmatch_mnist.data import Pairs
-from flowmatch_mnist.field import VelocityField
-from flowmatch_mnist.generate import KEY, Sampler, describe
-from flowmatch_mnist.guidance import GuidedVelocity, drop_labels
-from flowmatch_mnist.paths import LinearPath
-from flowmatch_mnist.pictures import to_uint8
+from flowmatch_mnist.generate import KEY, Flow, Sampler, churn_noise
+from flowmatch_mnist.guidance import drop_labels
+from flowmatch_mnist.network import Network
+from flowmatch_mnist.paths import PATHS, PathName
 from flowmatch_mnist.times import LogitNormal, TimeDensity, fixed_times
+from flowmatch_mnist.weighting import WeightingName, loss_weight
 
 INTERVALS = 5
 """Into how many equal intervals of t the validation loss is split."""
@@ -42,11 +43,15 @@ def is_logged(trainer: Trainer) -> bool:
 
 
 class FlowMatching(LightningModule):
-    """Trains a velocity field v(x, t, y) so that dx/dt = v carries noise to the digits of class y.
+    """Trains a network f(x, t, y) from which follows the velocity dx/dt that carries noise to the data of class y.
 
     Args:
-        net: the velocity field.
+        net: the network.
+        path: from noise to data: linear, cosine or vp.
+        prediction: what the network puts out: velocity, data or noise.
         times: where in (0, 1) the training looks.
+        weighting: the name of a training whose weight at each signal-to-noise ratio the loss should have, see `weighting`;
+            by default the squared error of the prediction is taken as it is.
         label_dropout: probability that a sample is trained without its label, in [0, 1]; guidance needs some.
         optimizer: what makes the optimizer from the parameters.
         warmup_steps: optimizer steps over which the learning rate rises.
@@ -62,8 +67,11 @@ class FlowMatching(LightningModule):
 
     def __init__(
         self,
-        net: VelocityField,
+        net: Network,
+        path: PathName = "linear",
+        prediction: Prediction = "velocity",
         times: TimeDensity | None = None,
+        weighting: WeightingName | None = None,
         label_dropout: float = 0.1,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup_steps: int = 100,
@@ -79,8 +87,10 @@ class FlowMatching(LightningModule):
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
         self.net = net.to(memory_format=torch.channels_last) if channels_last else net
-        self.path = LinearPath()
+        self.path: PathName = path
+        self.prediction: Prediction = prediction
         self.times = times or LogitNormal()
+        self.weighting: WeightingName | None = weighting
         self.label_dropout = label_dropout
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps
@@ -89,17 +99,22 @@ class FlowMatching(LightningModule):
         self.compiles = compile
         self.seed = seed
 
+    @property
+    def flow(self) -> Flow:
+        """The network, and how to read what it puts out."""
+        return Flow(self.net, self.path, self.prediction)
+
     def on_fit_start(self) -> None:
         """Compile in place, which leaves the names of the weights as they are."""
         if self.compiles:
             self.net.compile()
 
     def loss(self, x0: Tensor, x1: Tensor, y: Tensor, t: Tensor) -> Tensor:
-        """The squared error of the velocity at x_t, averaged over pixels: x0, x1 (B, ...), y and t (B,) -> (B,)."""
-        x_t = self.path.point(x0, x1, t)
+        """The squared error of the prediction at x_t, averaged over pixels: x0, x1 (B, ...), y and t (B,) -> (B,)."""
+        path = PATHS[self.path]
         # Only training goes through compiled code: another batch size, without gradients, would be compiled anew.
-        field = self.net if self.training else self.net.forward
-        error = field(x_t, t, y) - self.path.velocity(x0, x1, t)
+        net = self.net if self.training else self.net.forward
+        error = net(path.point(x0, x1, t), t, y) - target(self.prediction, path, x0, x1, t)
         return error.square().flatten(1).mean(1)
 
     def training_step(self, batch: Pairs, batch_idx: int) -> Tensor:
@@ -110,7 +125,10 @@ class FlowMatching(LightningModule):
         labels = drop_labels(
             y, self.label_dropout, self.net.no_label, streams.generator(self.device, self.seed, "labels", *place)
         )
-        loss = self.loss(x0, x1, labels, t).mean()
+        losses = self.loss(x0, x1, labels, t)
+        if self.weighting is not None:
+            losses = losses * loss_weight(self.weighting, self.prediction, PATHS[self.path], self.times, t)
+        loss = losses.mean()
         self.log("loss/train", loss, prog_bar=True)
         return loss
 
@@ -142,11 +160,12 @@ class FlowMatching(LightningModule):
             mean = losses[inside].sum() / inside.sum().clamp(min=1)
             self.log(name, mean, batch_size=int(inside.sum()), sync_dist=True)
 
-    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Draw digits: noise (B, 1, 28, 28), labels (B,) -> images uint8 (B, 28, 28), labels (B,)."""
-        x0, y = batch
-        *_, x1 = self.sampler.states(GuidedVelocity(self.net, y, self.sampler.guidance), x0)
-        return to_uint8(x1)[:, 0], y
+    def predict_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
+        """Draw samples: noise (B, *shape), labels (B,), and their numbers (B,) -> data (B, *shape), labels (B,)."""
+        x0, y, numbers = batch
+        draw = churn_noise(self.seed, numbers.tolist(), self.net.shape, self.device) if self.sampler.churn else None
+        *_, x1 = self.flow.states(self.flow.guided(y, self.sampler), x0, self.sampler, draw=draw)
+        return x1, y
 
     def configure_optimizers(self) -> Any:
         """The optimizer, with warm-up and decay of its learning rate counted in steps."""
@@ -161,4 +180,4 @@ class FlowMatching(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in the checkpoint what its weights are of, so that `sample.py` needs no config."""
-        checkpoint[KEY] = describe(self.net, self.sampler)
+        checkpoint[KEY] = self.flow.describe(self.sampler)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def save_png(sheet: Tensor, path: Path) -> None:
-    """Write a grid, uint8 (H, W), as a PNG."""
+    """Write a picture, uint8 (H, W) or (H, W, 3), as a PNG."""
     with replacing(path) as temporary:
         Image.fromarray(sheet.numpy()).save(temporary)
 
@@ -71,7 +72,8 @@ def save_gif(frames: Tensor, path: Path, milliseconds: int = 80, hold: int = 120
         first.save(temporary, save_all=True, append_images=rest, duration=durations, loop=0)
 
 
-def save_npz(images: Tensor, labels: Tensor, path: Path) -> None:
-    """Write arrays `images` uint8 (N, H, W) and `labels` int64 (N,) as a compressed NumPy archive."""
+def save_npz(path: Path, **arrays: Tensor) -> None:
+    """Write arrays by their names, such as `images` uint8 (N, H, W) and `labels` int64 (N,), as a compressed NumPy archive."""
+    contents: dict[str, Any] = {name: array.numpy() for name, array in arrays.items()}
     with replacing(path) as temporary:
-        np.savez_compressed(temporary, images=images.numpy(), labels=labels.numpy())
+        np.savez_compressed(temporary, **contents)

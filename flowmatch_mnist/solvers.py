@@ -1,15 +1,21 @@
-"""From noise to data: solvers of dx/dt = v(x, t) from t=0 to t=1.
+"""From noise to data, and back: solvers of dx/dt = v(x, t) along the straight path.
 
-A solver knows only a function of (x, t). Label, guidance and precision were bound before it.
+A solver knows only a function of (x, t). Path, prediction, label, guidance and precision were bound before it.
 
-Source: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I", sections II.1 and II.4-5.
+Sources: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I", sections II.1 and II.4-5 (one-step methods);
+Lu et al. 2022, "DPM-Solver++", algorithm 2 (two-step method on the data prediction); Ho et al. 2020, "DDPM", algorithm 2, and
+Gao et al. 2024, "Diffusion Meets Flow Matching" (noise on the way).
 """
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from flowmatch_mnist.convert import LOG_SNR_LIMIT, STRAIGHT, pair
+from flowmatch_mnist.paths import Path
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """v(x, t): x (B, ...), t a scalar tensor in [0, 1] -> (B, ...)."""
@@ -17,9 +23,14 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 Step = Callable[[Velocity, Tensor, Tensor, Tensor], Tensor]
 """One step of a solver: (v, x at t, t, t_next) -> x at t_next."""
 
+Draw = Callable[[], Tensor]
+"""Fresh standard normal noise of the shape of the state."""
+
+Spacing = Literal["uniform", "log_snr"]
+
 
 def euler(v: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    """Follow the velocity at the start of the step. Order 1, one evaluation."""
+    """Follow the velocity at the start of the step. Order 1, one evaluation. On the straight path it is DDIM's step."""
     return x + (t_next - t) * v(x, t)
 
 
@@ -46,40 +57,140 @@ def rk4(v: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
     return x + h * (k1 + 2 * k2 + 2 * k3 + k4) / 6
 
 
-FIXED_STEP: dict[str, Step] = {"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4}
-SOLVERS = (*FIXED_STEP, "dopri5")
+ONE_STEP: dict[str, Step] = {"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4}
+SOLVERS = (*ONE_STEP, "dpmpp_2m", "dopri5")
 
 
-def check_solver(solver: str, steps: int) -> None:
-    """Raise ValueError for an unknown solver, or fewer than one step."""
-    if solver not in SOLVERS:
-        raise ValueError(f"there is no solver {solver!r}; choose one of {', '.join(SOLVERS)}")
-    if steps < 1:
-        raise ValueError(f"the steps of a solver must be at least 1, got {steps}")
+def dpmpp_2m(v: Velocity, x: Tensor, times: Tensor) -> Iterator[Tensor]:
+    """DPM-Solver++(2M): the data prediction, extrapolated along the log-SNR from the step before. Order 2, one evaluation.
+
+    With l = log(alpha / sigma) and h = l_next - l, a constant prediction x1 would give x_next = sigma_next / sigma x +
+    alpha_next (1 - exp(-h)) x1 exactly. At the ends l is infinite: the first steps from noise have nothing to extrapolate,
+    and the last takes the prediction as it is.
+    """
+    before: Tensor | None = None
+    h_before = torch.tensor(torch.inf)
+    for t, t_next in pairwise(times):
+        _, x1 = pair("velocity", STRAIGHT, v(x, t), x, t)
+        h = (STRAIGHT.log_snr(t_next) - STRAIGHT.log_snr(t)) / 2
+        data = x1
+        if before is not None and h.isfinite() and h_before.isfinite():
+            data = x1 + h / (2 * h_before) * (x1 - before)
+        sigma_ratio = STRAIGHT.sigma(t_next) / STRAIGHT.sigma(t)
+        x = sigma_ratio * x + (STRAIGHT.alpha(t_next) - STRAIGHT.alpha(t) * sigma_ratio) * data
+        before, h_before = x1, h
+        yield x
 
 
-def trajectory(v: Velocity, x: Tensor, steps: int, solver: str = "midpoint", tolerance: float = 1e-5) -> Iterator[Tensor]:
-    """The states at t = 0, 1/steps, ..., 1: `steps` + 1 tensors, the first the given x.
+def churned(step: Step, churn: float, draw: Draw) -> Step:
+    """A step of the reverse SDE: an ODE step that goes too far towards the data, and fresh noise that brings it back.
+
+    From log-SNR l the solver goes to l_next + churn (l_next - l), and noise brings the state back to l_next. For small steps
+    this is dx = (v + churn sigma^2 l'/2 score) dt + sqrt(churn sigma^2 l') dW, which has the marginals of the ODE at every
+    strength. Churn 0 is the ODE. Churn 1 with Euler's step is DDPM's ancestral sampling, step by step: its step to l + d equals
+    DDIM's to l + 2d with noise added back to l + d.
+    """
+    if churn == 0:
+        return step
+
+    def stochastic(v: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        log_snr_next = STRAIGHT.log_snr(t_next)
+        excess = churn * (log_snr_next - STRAIGHT.log_snr(t))
+        beyond = STRAIGHT.time(log_snr_next + excess)
+        x = step(v, x, t, beyond)
+        kept = STRAIGHT.alpha(t_next) / STRAIGHT.alpha(beyond)
+        return kept * x + STRAIGHT.sigma(t_next) * torch.sqrt(-torch.expm1(-excess)) * draw()
+
+    return stochastic
+
+
+def time_grid(steps: int, spacing: Spacing = "uniform", path: Path = STRAIGHT) -> Tensor:
+    """The times on the straight path that a solver stops at, float64 (steps + 1,), from exactly 0 to exactly 1.
 
     Args:
-        v: the velocity field.
-        x: the state at t=0, of any shape.
-        steps: how many equal steps, at least 1. For `dopri5`, which chooses its own, how many states to report.
+        steps: at least 1.
+        spacing: `uniform` has equal steps of the time of `path`; `log_snr` has equal steps of the log-SNR between its limits.
+        path: that the network was trained on.
+    """
+    if spacing == "uniform":
+        log_snr = path.log_snr(torch.linspace(0, 1, steps + 1, dtype=torch.float64))
+    else:
+        log_snr = torch.linspace(-LOG_SNR_LIMIT, LOG_SNR_LIMIT, steps + 1, dtype=torch.float64)
+    times = STRAIGHT.time(log_snr)
+    times[0], times[-1] = 0, 1
+    return times
+
+
+def check_solver(solver: str, steps: int, spacing: str = "uniform", churn: float = 0.0) -> None:
+    """Raise ValueError for what does not exist, or cannot work together."""
+    if solver not in SOLVERS:
+        raise ValueError(f"there is no solver {solver!r}; choose one of {', '.join(SOLVERS)}")
+    if spacing not in Spacing.__args__:  # type: ignore[attr-defined]
+        raise ValueError(f"there is no spacing {spacing!r} of the steps; choose uniform or log_snr")
+    if steps < 1:
+        raise ValueError(f"the steps of a solver must be at least 1, got {steps}")
+    if not 0 <= churn < torch.inf:
+        raise ValueError(f"churn must be a number of at least 0, got {churn}")
+    if churn and solver not in ONE_STEP:
+        raise ValueError(
+            f"{solver} follows one smooth trajectory, which the noise of churn {churn:g} breaks; "
+            f"choose one of {', '.join(ONE_STEP)}, or churn 0"
+        )
+
+
+def trajectory(
+    v: Velocity,
+    x: Tensor,
+    times: Tensor,
+    solver: str = "midpoint",
+    *,
+    churn: float = 0.0,
+    draw: Draw | None = None,
+    tolerance: float = 1e-5,
+) -> Iterator[Tensor]:
+    """The states at each of the times: as many tensors, the first the given x.
+
+    Args:
+        v: the velocity field on the straight path.
+        x: the state at the first of the times, of any shape.
+        times: (steps + 1,), as from `time_grid`; falling ones integrate from data to noise, without churn. `dopri5` chooses
+            steps of its own, and reports at these.
         solver: one of `SOLVERS`.
+        churn: how much noise is renewed on the way: 0 is the ODE, 1 DDPM's ancestral sampling; with a one-step solver only.
+        draw: where churn's noise comes from; by default PyTorch's global generator.
         tolerance: relative and absolute tolerance of `dopri5` (Dormand and Prince 1980, as in torchdiffeq).
 
     Raises:
-        ValueError: for an unknown solver, or fewer than one step.
+        ValueError: for an unknown solver, fewer than one step, or a solver that cannot be churned.
+        FloatingPointError: if a state is not finite; it says in which step, and at which t.
     """
-    check_solver(solver, steps)
-    times = torch.linspace(0, 1, steps + 1, dtype=x.dtype, device=x.device)
+    check_solver(solver, len(times) - 1, churn=churn)
+    times = times.to(x.dtype)  # on the CPU, where asking for their values makes no GPU wait
     if solver == "dopri5":
         # Imported where it is used: it brings SciPy along, and sampling should start fast.
         from torchdiffeq import odeint
 
-        yield from odeint(lambda t, x: v(x, t), x, times, method="dopri5", rtol=tolerance, atol=tolerance)
-        return
+        # Stopped at the last time: torchdiffeq would step over it, where no velocity is known, and interpolate.
+        times = times.to(x.device)
+        settings = {"rtol": tolerance, "atol": tolerance, "options": {"step_t": times[-1:]}}
+        states: Iterator[Tensor] = iter(odeint(lambda t, x: v(x, t), x, times, method="dopri5", **settings))
+        next(states)
+    elif solver == "dpmpp_2m":
+        states = dpmpp_2m(v, x, times)
+    else:
+        step = churned(ONE_STEP[solver], churn, draw or (lambda: torch.randn_like(x)))
+        states = _walk(step, v, x, times)
     yield x
+    for number, state in enumerate(states, start=1):
+        if not state.isfinite().all():
+            raise FloatingPointError(
+                f"values that are not finite appeared at t = {times[number]:.4g}, in step {number} of {len(times) - 1}: the "
+                "network's training diverged, or the steps are too large for it"
+            )
+        yield state
+
+
+def _walk(step: Step, v: Velocity, x: Tensor, times: Tensor) -> Iterator[Tensor]:
     for t, t_next in pairwise(times):
-        x = FIXED_STEP[solver](v, x, t, t_next)
+        x = step(v, x, t, t_next)
         yield x

@@ -3,6 +3,8 @@
 A density is given by its quantile function, so that one stratified draw of uniform numbers serves them all.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,22 @@ class TimeDensity:
         """The t below which the fraction u of the density lies: u in (0, 1) -> t in (0, 1), same shape."""
         raise NotImplementedError
 
+    def density(self, t: Tensor) -> Tensor:
+        """The density at t in (0, 1), same shape: one over the slope of the quantile function, where that reaches t."""
+        u = self._cumulative(t.detach()).requires_grad_()
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(self.quantile(u).sum(), u)
+        return (1 / slope).to(t.dtype)
+
+    def _cumulative(self, t: Tensor) -> Tensor:
+        """The inverse of the quantile function, by bisection in float64."""
+        low, high = torch.zeros_like(t, dtype=torch.float64), torch.ones_like(t, dtype=torch.float64)
+        for _ in range(52):
+            middle = (low + high) / 2
+            below = self.quantile(middle) < t
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (low + high) / 2
+
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw `count` times, float32 (count,) on the generator's device.
 
@@ -22,8 +40,8 @@ class TimeDensity:
         """
         offset = torch.rand((), generator=generator, device=generator.device)
         u = (torch.arange(count, device=generator.device) / count + offset) % 1
-        # A quantile may be infinite at 0, and at the 1 that fp32 can round up to.
-        return self.quantile(u.clamp(1e-6, 1 - 1e-6))
+        # A quantile may be infinite at 0, and at the 1 that fp32 can round up to; and it may itself round to one of them.
+        return self.quantile(u.clamp(1e-6, 1 - 1e-6)).clamp(1e-6, 1 - 1e-6)
 
 
 class Uniform(TimeDensity):
@@ -31,6 +49,9 @@ class Uniform(TimeDensity):
 
     def quantile(self, u: Tensor) -> Tensor:
         return u
+
+    def density(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
 
 
 class LogitNormal(TimeDensity):
@@ -47,6 +68,39 @@ class LogitNormal(TimeDensity):
 
     def quantile(self, u: Tensor) -> Tensor:
         return torch.sigmoid(self.location + self.scale * torch.special.ndtri(u))
+
+    def density(self, t: Tensor) -> Tensor:
+        z = (torch.logit(t) - self.location) / self.scale
+        return torch.exp(-(z**2) / 2) / (math.sqrt(2 * math.pi) * self.scale * t * (1 - t))
+
+
+class Mode(TimeDensity):
+    """Heavier in the middle with scale > 0, at the ends with scale < 0, and positive everywhere; scale 0 is uniform.
+
+    Source: Esser et al. 2024 (Stable Diffusion 3), section 3.1, equation 20, with their time running the other way.
+    """
+
+    def __init__(self, scale: float = 1.29) -> None:
+        if not -1 <= scale <= 2 / (math.pi - 2):
+            raise ValueError(f"the scale of Mode must lie in [-1, {2 / (math.pi - 2):.3f}], got {scale}")
+        self.scale = scale
+
+    def quantile(self, u: Tensor) -> Tensor:
+        return (1 + self.scale) * u - self.scale * torch.sin(math.pi / 2 * u) ** 2
+
+
+class Cosine(TimeDensity):
+    """The times at which the linear path has the signal-to-noise ratios that the cosine path has at uniform times.
+
+    Source: Esser et al. 2024 (Stable Diffusion 3), section 3.1, equation 21 ("CosMap").
+    """
+
+    def quantile(self, u: Tensor) -> Tensor:
+        alpha, sigma = torch.sin(math.pi / 2 * u), torch.cos(math.pi / 2 * u)
+        return alpha / (alpha + sigma)
+
+    def density(self, t: Tensor) -> Tensor:
+        return 2 / (math.pi * (1 - 2 * t + 2 * t**2))
 
 
 def fixed_times(batch_index: int, positions: Tensor) -> Tensor:

@@ -20,27 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowmatch_mnist.field import VelocityField
-
-
-class TimeEmbedding(nn.Module):
-    """Sines and cosines of t, then a two-layer perceptron: t (B,) in [0, 1] -> (B, dim).
-
-    The angular frequencies run geometrically from 1 to `max_frequency` radians per unit of t: Vaswani et al. 2017,
-    section 3.5, with t in place of the position.
-    """
-
-    frequencies: Tensor
-
-    def __init__(self, dim: int, features: int = 64, max_frequency: float = 100.0) -> None:
-        super().__init__()
-        exponents = torch.linspace(0, 1, features // 2)
-        self.register_buffer("frequencies", max_frequency**exponents, persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(features, dim), nn.SiLU(), nn.Linear(dim, dim))
-
-    def forward(self, t: Tensor) -> Tensor:
-        angles = t[:, None].float() * self.frequencies
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+from flowmatch_mnist.network import Network, TimeEmbedding
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -113,7 +93,7 @@ class Stage(nn.Module):
         return self.attention(x)
 
 
-class UNet(VelocityField):
+class UNet(Network):
     """A class-conditioned UNet with one skip connection from every encoder stage to its decoder stage.
 
     Args:
@@ -165,7 +145,7 @@ class UNet(VelocityField):
             "dropout": dropout,
         }
         self.no_label = classes
-        self.image_shape = (image_channels, image_size, image_size)
+        self.shape = (image_channels, image_size, image_size)
         self.time = TimeEmbedding(embedding_dim)
         self.label = nn.Embedding(classes + 1, embedding_dim)
         block = {"embedding_dim": embedding_dim, "dropout": dropout}

@@ -1,6 +1,9 @@
 """What the tests share: real MNIST by the project's own way of getting it, and a tiny trained run."""
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run on all cores already, one process each
+
 import subprocess
 import sys
 from pathlib import Path

@@ -38,7 +38,7 @@ def test_a_run_leaves_config_checkpoints_pictures_and_events(tiny_run):
     }
     assert scalars < set(log.Tags()["scalars"])
     assert len([tag for tag in log.Tags()["scalars"] if tag.startswith("loss_by_time/val")]) == 5
-    assert set(log.Tags()["images"]) == {"digits/grid", "digits/trajectory"}
+    assert set(log.Tags()["images"]) == {"samples/grid", "samples/trajectory"}
     assert "config/text_summary" in log.Tags()["tensors"]
     assert "lr: 0.002" in log.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
 
@@ -72,7 +72,7 @@ def test_a_second_run_leaves_the_first_as_it_is_and_options_override_the_config(
         "init_args": config["model"]["optimizer"]["init_args"],
     }
     assert config["model"]["optimizer"]["init_args"]["lr"] == 1e-4
-    assert load(tmp_path / "runs/tiny/version_1/checkpoints/last.ckpt")[0].arguments["channels"] == [4, 4, 4]
+    assert load(tmp_path / "runs/tiny/version_1/checkpoints/last.ckpt")[0].net.arguments["channels"] == [4, 4, 4]
 
 
 def test_last_goes_on_in_the_same_folder_with_the_same_config(tiny_run, tmp_path):
@@ -194,6 +194,11 @@ def test_the_shipped_configs_are_complete_and_understood(tmp_path):
         done = run("train.py", "fit", "--config", config, "--print_config", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert yaml.safe_load(done.stdout)["name"] == config.stem
+
+
+def test_options_overrule_the_config_wherever_it_stands(tmp_path):
+    done = run("train.py", "--data.batch_size", 3, "--config", TINY, "--print_config", cwd=tmp_path)
+    assert done.returncode == 0 and yaml.safe_load(done.stdout)["data"]["init_args"]["batch_size"] == 3, done.stderr
 
 
 def test_train_alone_means_the_default_config(tmp_path):

@@ -102,11 +102,14 @@ def test_the_place_in_the_epoch_is_saved_and_restored():
 
 def test_predict_draws_each_class_with_the_noise_that_sample_gives(data_dir):
     data = MNISTDataModule(str(data_dir), predict_per_class=2)
-    ((noise, labels),) = data.predict_dataloader()
+    ((noise, labels, numbers),) = data.predict_dataloader()
     assert labels.tolist() == [*range(10)] * 2 and noise.shape == (20, 1, 28, 28)
+    assert numbers.tolist() == [*range(20)]
 
 
-@pytest.mark.parametrize("sizes", [{"batch_size": 0}, {"val_size": 0}, {"val_size": 60_000}, {"predict_per_class": 0}])
-def test_refuses_sizes_that_cannot_be(sizes):
-    with pytest.raises(ValueError, match="val_size"):
-        MNISTDataModule(**sizes)
+@pytest.mark.parametrize(
+    ("name", "value"), [("batch_size", 0), ("val_size", 0), ("val_size", 60_000), ("predict_per_class", 0)]
+)
+def test_refuses_sizes_that_cannot_be(name, value):
+    with pytest.raises(ValueError, match=name):
+        MNISTDataModule(**{name: value})

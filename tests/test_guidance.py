@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowmatch_mnist.guidance import GuidedVelocity, drop_labels
+from flowmatch_mnist.guidance import Guided, drop_labels
 from flowmatch_mnist.streams import generator
 
 
@@ -28,7 +28,7 @@ def test_the_ends_of_label_dropout(probability, expected):
 def test_guidance_is_the_line_through_both_predictions(tiny_net):
     x, t, y = torch.randn(3, 1, 28, 28), torch.tensor(0.4), torch.tensor([1, 2, 3])
     with torch.no_grad():
-        velocities = {scale: GuidedVelocity(tiny_net, y, scale)(x, t) for scale in (0.0, 1.0, 2.5)}
+        velocities = {scale: Guided(tiny_net, y, scale)(x, t) for scale in (0.0, 1.0, 2.5)}
         with_label = tiny_net(x, t.expand(3), y)
     torch.testing.assert_close(velocities[1.0], with_label)
     assert not torch.allclose(velocities[0.0], velocities[1.0], atol=1e-3)
@@ -38,9 +38,21 @@ def test_guidance_is_the_line_through_both_predictions(tiny_net):
 
 @pytest.mark.parametrize(("scale", "evaluations"), [(0.0, 1), (1.0, 1), (1.5, 2)])
 def test_an_evaluation_is_not_spent_where_guidance_is_off(tiny_net, scale, evaluations):
-    velocity = GuidedVelocity(tiny_net, torch.tensor([1, 2]), scale)
+    velocity = Guided(tiny_net, torch.tensor([1, 2]), scale)
     seen = []
     tiny_net.register_forward_pre_hook(lambda net, inputs: seen.append(len(inputs[0])))
     with torch.no_grad():
         velocity(torch.randn(2, 1, 28, 28), torch.tensor(0.5))
     assert seen == [2 * evaluations] and velocity.evaluations == evaluations
+
+
+def test_guidance_acts_in_its_interval_alone(tiny_net):
+    x, y = torch.randn(2, 1, 28, 28), torch.tensor([1, 2])
+    guided = Guided(tiny_net, y, 3.0, (0.25, 0.5))
+    with torch.no_grad():
+        for t in (0.0, 0.24, 0.51, 1.0):
+            torch.testing.assert_close(guided(x, torch.tensor(t)), Guided(tiny_net, y, 1.0)(x, torch.tensor(t)))
+        assert guided.evaluations == 4
+        for t in (0.25, 0.4, 0.5):
+            torch.testing.assert_close(guided(x, torch.tensor(t)), Guided(tiny_net, y, 3.0)(x, torch.tensor(t)))
+    assert guided.evaluations == 10

@@ -10,8 +10,9 @@ import torch
 from conftest import ROOT, Evil, assert_one_line_error, run
 from PIL import Image
 
+from flowmatch_mnist import mnist
 from flowmatch_mnist.errors import UserError
-from flowmatch_mnist.generate import Sampler, generate, load, newest_checkpoint
+from flowmatch_mnist.generate import Flow, Sampler, generate, load, newest_checkpoint
 from flowmatch_mnist.pictures import grid, replacing, to_uint8
 
 CHECKPOINT = "runs/tiny/version_0/checkpoints/last.ckpt"
@@ -35,7 +36,7 @@ def test_draws_a_grid_with_the_newest_run_and_says_so(tiny_run):
     assert (
         CHECKPOINT in stdout
         and "drew 1 digits" not in stdout
-        and "midpoint, 2 steps, 4 evaluations each, guidance 1, seed 0" in stdout
+        and "midpoint, 2 steps, guidance 1, 4 evaluations each, seed 0" in stdout
     )
     with Image.open(tiny_run / "digits.png") as picture:
         assert picture.size == (30 * 4, 30 * 4) and picture.mode == "L"
@@ -67,10 +68,40 @@ def test_the_same_seed_gives_the_same_digits_whatever_the_batch_size(tiny_run):
 
 
 def test_an_adaptive_solver_and_guidance_are_at_hand(tiny_run):
-    assert re.search(r"dopri5, 2 steps, \d+ evaluations", sample(tiny_run, "3", "--solver", "dopri5", "--steps", 2))
-    assert "euler, 2 steps, 4 evaluations each, guidance 2" in sample(
+    assert re.search(r"dopri5, 2 steps, guidance 1, \d+ evaluations", sample(tiny_run, "3", "--solver", "dopri5", "--steps", 2))
+    assert "euler, 2 steps, guidance 2, 4 evaluations each" in sample(
         tiny_run, "3", "--solver", "euler", "--steps", 2, "--guidance", 2
     )
+
+
+def test_other_ways_through_the_noise(tiny_run):
+    stdout = sample(tiny_run, "3", "--spacing", "log_snr", "--churn", 0.5, "--guidance", 2, "--guidance-interval", "0.2-0.9")
+    assert "midpoint, 2 steps, guidance 2 from t = 0.2 to 0.9, spacing log_snr, churn 0.5" in stdout
+    together, _ = arrays(tiny_run, "0-9", "--churn", 1)
+    apart, _ = arrays(tiny_run, "0-9", "--churn", 1, "--batch-size", 3)
+    assert abs(together.astype(int) - apart).max() <= 1
+    assert abs(together.astype(int) - arrays(tiny_run, "0-9")[0]).max() > 50
+
+
+def test_interpolates_between_two_noises(tiny_run):
+    images, labels = arrays(tiny_run, "3", "8", "--interpolate", 5, "--per-class", 2)
+    assert labels.tolist() == [3] * 5 + [8] * 5 + [3] * 5 + [8] * 5
+    rows = images.astype(int).reshape(4, 5, -1)
+    steps, whole = abs(rows[:, 1:] - rows[:, :-1]).mean(), abs(rows[:, -1] - rows[:, 0]).mean()
+    assert steps < 0.6 * whole
+    assert abs(rows[0, 0] - rows[2, 0]).mean() > 10, "each row has noises of its own"
+
+
+def test_a_picture_is_drawn_again_from_its_own_noise(tiny_run, data_dir):
+    real = mnist.load(data_dir, "test")[0][0].numpy().astype(int)  # a seven
+    ways = ("--solver", "rk4", "--steps", 32, "--data-dir", data_dir)
+    again, _ = arrays(tiny_run, "7", "2", "--from-image", "test:0", *ways)
+    assert abs(again[0] - real).max() <= 2
+    Image.fromarray(real.astype(np.uint8)).save(tiny_run / "seven.png")
+    from_file, _ = arrays(tiny_run, "7", "--from-image", "seven.png:7", *ways)
+    assert abs(from_file[0].astype(int) - again[0]).max() <= 1
+    between, _ = arrays(tiny_run, "7", "--interpolate", 3, "--from-image", "test:0", "--from-image", "seven.png:7", *ways)
+    assert abs(between.astype(int) - again[0]).max() <= 2
 
 
 @pytest.mark.parametrize(
@@ -95,6 +126,18 @@ def test_an_adaptive_solver_and_guidance_are_at_hand(tiny_run):
         (["7", "--checkpoint", "network.ckpt"], ["network.ckpt", "os.system"]),
         (["7", "--checkpoint", "nan.ckpt"], ["not finite"]),
         (["7", "--checkpoint", "evil.ckpt"], ["evil.ckpt"]),
+        (["7", "--guidance-interval", "0.9-0.2"], ["0.9-0.2", "0.2-0.9"]),
+        (["7", "--churn", "-1"], ["churn", "at least 0"]),
+        (["7", "--churn", "1", "--solver", "dpmpp_2m"], ["churn", "dpmpp_2m", "euler, midpoint"]),
+        (["7", "--spacing", "even"], ["even", "uniform", "log_snr"]),
+        (["7", "--from-image", "nowhere.png:7"], ["nowhere.png"]),
+        (["7", "--from-image", "half.ckpt:7"], ["half.ckpt", "no picture"]),
+        (["7", "--from-image", "seven.png"], ["seven.png", "FILE:0-9"]),
+        (["7", "--from-image", "test:10000"], ["test:10000", "test:0-9999"]),
+        (["7", "--from-image", "test:0", "--per-class", "2"], ["--per-class"]),
+        (["7", "--from-image", "test:0", "--from-image", "test:1"], ["--interpolate"]),
+        (["7", "--checkpoint", "path.ckpt"], ["path.ckpt", "zigzag", "linear, cosine, vp"]),
+        (["7", "--checkpoint", "prediction.ckpt"], ["prediction.ckpt", "velocity, data, noise"]),
         (["7", "--out", "digits.jpg"], ["digits.jpg", ".png"]),
         (["7", "--out", "half.ckpt/digits.png"], ["half.ckpt/digits.png", "cannot write"]),
     ],
@@ -108,6 +151,8 @@ def test_mistakes_get_one_line_and_leave_nothing_behind(tiny_run, tmp_path, argu
         "shape": lambda c: c["flowmatch_mnist"]["arguments"].update(channels=[4, 4, 4]),
         "foreign": lambda c: c.pop("flowmatch_mnist"),
         "network": lambda c: c["flowmatch_mnist"].update(network="os.system"),
+        "path": lambda c: c["flowmatch_mnist"].update(path="zigzag"),
+        "prediction": lambda c: c["flowmatch_mnist"].update(prediction="future"),
         "nan": lambda c: c["state_dict"]["net.stem.bias"].fill_(float("nan")),
     }.items():
         checkpoint = torch.load(tiny_run / CHECKPOINT, weights_only=True)
@@ -143,9 +188,9 @@ def test_the_newest_run_is_chosen(tmp_path):
 
 def test_a_checkpoint_gives_the_averaged_weights(tiny_run):
     checkpoint = torch.load(tiny_run / CHECKPOINT, weights_only=True)
-    net, sampler = load(tiny_run / CHECKPOINT)
+    flow, sampler = load(tiny_run / CHECKPOINT)
     assert sampler == Sampler(steps=2)
-    for name, value in net.state_dict().items():
+    for name, value in flow.net.state_dict().items():
         assert torch.equal(value, checkpoint["state_dict"][f"net.{name}"])
     assert any(
         not torch.equal(value, checkpoint["current_model_state"][name]) for name, value in checkpoint["state_dict"].items()
@@ -153,10 +198,11 @@ def test_a_checkpoint_gives_the_averaged_weights(tiny_run):
 
 
 def test_more_digits_leave_the_first_ones_as_they_were(tiny_net):
-    few = generate(tiny_net, torch.arange(5), Sampler(steps=2))
-    many = generate(tiny_net, torch.arange(10), Sampler(steps=2), keep_states=True)
-    assert (few.images.int() - many.images[:5].int()).abs().max() <= 1
-    assert many.states.shape == (3, 10, 28, 28) and torch.equal(many.states[-1], many.images)
+    flow = Flow(tiny_net)
+    few = generate(flow, torch.arange(5), Sampler(steps=2))
+    many = generate(flow, torch.arange(10), Sampler(steps=2), keep_states=True)
+    assert (few.values.int() - many.values[:5].int()).abs().max() <= 1
+    assert many.states.shape == (3, 10, 28, 28) and torch.equal(many.states[-1], many.values)
 
 
 def test_a_grid_is_rows_of_cells():

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
-from flowmatch_mnist.callbacks import EMA, Report, SampleDigits, averaged_net, interleave
+from flowmatch_mnist.callbacks import EMA, DrawSamples, Report, averaged, interleave
 from flowmatch_mnist.data import MNISTDataModule
 from flowmatch_mnist.generate import Sampler, load
 from flowmatch_mnist.module import FlowMatching
@@ -49,14 +49,14 @@ def test_the_average_is_warmed_up_and_follows_its_definition(data_dir, tmp_path)
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
-class DrawTwice(SampleDigits):
+class DrawTwice(DrawSamples):
     """Draws, perturbs the raw weights, draws again; then perturbs the averaged ones, and draws a third time."""
 
     def on_train_epoch_end(self, trainer, module):
         self.pictures = [self.picture(trainer, module)]
         self.shake(module.net)
         self.pictures.append(self.picture(trainer, module))
-        self.shake(averaged_net(trainer, module))
+        self.shake(averaged(trainer, module).net)
         self.pictures.append(self.picture(trainer, module))
 
     @staticmethod
@@ -156,7 +156,7 @@ def test_compiling_leaves_the_names_of_the_weights_and_the_checkpoint_loads(data
     saved = torch.load(tmp_path / "compiled.ckpt", weights_only=True)
     assert list(saved["state_dict"]) == list(saved["current_model_state"]) == names
     assert not any("_orig_mod" in name for name in names)
-    assert load(tmp_path / "compiled.ckpt")[0].arguments == module.net.arguments
+    assert load(tmp_path / "compiled.ckpt")[0].net.arguments == module.net.arguments
 
 
 def test_the_report_prints_a_line_for_each_epoch(data_dir, tmp_path, capsys):
@@ -176,7 +176,7 @@ def test_shares_of_the_ranks_are_put_together_in_order():
     ("make_it", "words"),
     [
         (lambda: EMA(decay=1), "decay"),
-        (lambda: SampleDigits(every_n_steps=-1), "every_n_steps"),
+        (lambda: DrawSamples(every_n_steps=-1), "every_n_steps"),
         (lambda: Sampler(0), "steps"),
     ],
 )

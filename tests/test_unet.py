@@ -19,7 +19,7 @@ def test_keeps_the_shape_of_images_at_other_widths_depths_and_sizes(channels, bl
     net = UNet(channels, blocks, attention, image_channels=3, image_size=size)
     x = torch.randn(2, 3, size, size)
     assert net(x, torch.rand(2), torch.tensor([0, 10])).shape == x.shape
-    assert net.image_shape == (3, size, size)
+    assert net.shape == (3, size, size)
 
 
 def test_starts_as_the_zero_field():

@@ -1,0 +1,117 @@
+"""The first lesson: points of the plane that flow from noise onto the curve y = sin x, with or without a prompt.
+
+Everything else is as with digits: the same path, module, solvers and callbacks. Only the data and the network are small enough
+to see through.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowmatch_mnist import streams
+from flowmatch_mnist.couplings import CouplingName
+from flowmatch_mnist.data import PairsDataModule
+from flowmatch_mnist.generate import Samples
+
+LENGTH = 4 * math.pi
+NOISE_STD = 2.0
+"""In the plane of the curve. The network sees the plane shrunk by it, so that its noise is standard normal as everywhere."""
+
+
+def curve(x: Tensor) -> Tensor:
+    """The points (x, sin x) of the curve: x (N,) in [0, 4 pi] -> (N, 2)."""
+    return torch.stack([x, x.sin()], dim=1)
+
+
+class CurveDataModule(PairsDataModule):
+    """Points spread evenly, by x, over y = sin x from 0 to 4 pi.
+
+    Args:
+        prompted: whether a label 0 to 9 picks one tenth of the curve; otherwise there is one class, the whole.
+        samples: how many points to train on; a tenth as many are held out for validation, and for test.
+        batch_size: points per step and process.
+        eval_batch_size: points per step of validation and test, shared between the processes.
+        predict_per_class: how many points of each class `predict` draws.
+        coupling: which noise of a batch is paired with which of its points; see `couplings`.
+        seed: of the noise and of the data order; the command line sets it from `seed_everything`.
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+
+    shape = (2,)
+    kind = "points"
+
+    def __init__(
+        self,
+        prompted: bool = False,
+        samples: int = 50_000,
+        batch_size: int = 500,
+        eval_batch_size: int = 1000,
+        predict_per_class: int = 200,
+        coupling: CouplingName = "independent",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, predict_per_class, coupling, seed)
+        if samples < max(10, batch_size):
+            raise ValueError(f"samples must be at least 10 and the batch size of {batch_size}, got {samples}")
+        self.classes = 10 if prompted else 1
+        self.samples = samples
+
+    def setup(self, stage: str) -> None:
+        """Draw the points, the same in every run."""
+        for split, count in (("train", self.samples), ("val", self.samples // 10), ("test", self.samples // 10)):
+            x = LENGTH * torch.rand(count, generator=streams.generator("cpu", "curve", split))
+            points = (curve(x), self.segment(x))
+            self.splits[split] = points if split == "train" else (*points, self.fixed_noise(split, count))
+
+    def segment(self, x: Tensor) -> Tensor:
+        """The class whose part of the curve lies over x: (N,) -> int64 (N,)."""
+        return (x * self.classes / LENGTH).long().clamp(0, self.classes - 1)
+
+    def scale(self, data: Tensor) -> Tensor:
+        """Points of the plane, in units of the noise's deviation."""
+        return data / NOISE_STD
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Points of the plane."""
+        return x * NOISE_STD
+
+    def figures(self, samples: Samples) -> dict[str, float]:
+        """Mean distance to the curve, and the fraction of points whose nearest point of the curve is on their segment."""
+        x = torch.linspace(0, LENGTH, 4001)
+        distance, nearest = torch.cdist(samples.values, curve(x)).min(dim=1)
+        figures = {"distance to the curve": distance.mean().item()}
+        if self.classes > 1:
+            figures["on its segment"] = (self.segment(x[nearest]) == samples.labels).double().mean().item()
+        return figures
+
+    def pictures(self, samples: Samples) -> dict[str, Tensor]:
+        """Noise, target and samples on the left; on the right the ways some of the points took."""
+        # Imported where it is used: it takes a while, and training digits has no need of it.
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        colours = samples.labels.numpy() if self.classes > 1 else "tab:blue"
+        styles = {"c": colours, "cmap": "tab10" if self.classes > 1 else None, "s": 4}
+        figure = Figure(figsize=(12, 4), dpi=100, layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+        x = torch.linspace(0, LENGTH, 400)
+        for axes in (left, right):
+            axes.plot(*curve(x).T.numpy(), color="black", linewidth=0.8, label="target")
+            axes.set_aspect("equal")
+        if samples.states is not None:
+            noise = samples.states[0].numpy()
+            left.scatter(noise[:, 0], noise[:, 1], s=2, color="lightgrey", label="noise")
+            shown = samples.states[:, torch.linspace(0, len(noise) - 1, min(len(noise), 150)).long()].numpy()
+            right.plot(shown[..., 0], shown[..., 1], color="grey", linewidth=0.4)
+        left.scatter(*samples.values.T.numpy(), label="samples", **styles)
+        right.scatter(*samples.values.T.numpy(), **styles)
+        left.set_title("from noise to the curve")
+        right.set_title("the ways there")
+        left.legend(loc="lower left")
+        canvas.draw()
+        return {"curve": torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy())}
