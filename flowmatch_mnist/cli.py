@@ -14,14 +14,20 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+import flowmatch_mnist.toy  # noqa: F401  so that a config or an option can name its data module
 from flowmatch_mnist.callbacks import EMA, DrawSamples, Report, WriteSamples
 from flowmatch_mnist.data import PairsDataModule
 from flowmatch_mnist.errors import UserError, exit_on_error, one_line
 from flowmatch_mnist.generate import KEY, newest_checkpoint, read_checkpoint
 from flowmatch_mnist.module import FlowMatching
+from flowmatch_mnist.network import Network
+from flowmatch_mnist.times import TimeDensity
 
 RUNS = Path("runs")
 DEFAULT_CONFIG = Path("configs/mnist.yaml")
+SEE_HELP = "; see `python train.py fit --help`"
+BASES: dict[str, type[object]] = {"model.net": Network, "model.times": TimeDensity, "data": PairsDataModule}
+"""Whose subclasses a setting names."""
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
 
@@ -30,9 +36,26 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong, and end with status 2."""
-        config = option(sys.argv, "--config") or option(sys.argv, "-c")
-        what = one_line(message).replace('"<unicode string>"', str(config))
-        raise UserError(f"{what[:600]}; see `python train.py fit --help`")
+        what = plain(message).replace('"<unicode string>"', str(option(sys.argv, "--config")))
+        raise UserError(f"{what.removesuffix(SEE_HELP)[:600]}{SEE_HELP}")
+
+
+def plain(message: object) -> str:
+    """What jsonargparse says of a mistake, on one line, without the types that it tried in vain."""
+    text = re.sub(r":\n +(?=[^\s-])", ": ", str(message).replace(SEE_HELP, ""))
+    key = ".".join(re.findall(r'Parser key "([^"]+)"', text))
+    given = next(iter(re.findall(r"(?:import path string|[Gg]ot value|Given value): (.*)", text)), "")
+    if choices := re.search(r"typing\.Literal\[(.*?)\]", text):
+        return f"there is no {key} {given!r}; choose one of {choices[1]}"
+    if key in BASES and "import path string" in text:
+        names = ", ".join(kind.__name__ for kind in BASES[key].__subclasses__())
+        return f"there is no {key} {given!r}; choose one of {names}, or name a class of yours by its import path"
+    complaints = re.findall(r"^ *- (?!.*NoneType|Expected a path|Does not validate)(.*)", text, re.MULTILINE)
+    if not complaints:
+        return one_line(re.sub(r'Parser key "([^"]+)":', r"\1:", text))
+    # A value that is a whole section says nothing that the complaint does not.
+    got = f", got {given}" if complaints[0].startswith("Expected") and "(" not in given else ""
+    return one_line(f"{key}{': ' * bool(key)}{' or '.join(complaints)}{got}")
 
 
 class LogConfig(SaveConfigCallback):
@@ -149,7 +172,7 @@ class CLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
-            raise UserError(f"{one_line(error)[:600]}; mend the config or the command line") from error
+            raise UserError(f"{plain(error)[:600]}; mend the config or the command line") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self._get(self.config_init, "trainer")
