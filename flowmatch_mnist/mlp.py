@@ -7,7 +7,7 @@ from flowmatch_mnist.network import Network, TimeEmbedding
 
 
 class MLP(Network):
-    """A multi-layer perceptron with residual layers, each shifted by the embedding of time and label.
+    """A multi-layer perceptron with residual layers, each scaled and shifted by the embedding of time and label.
 
     Args:
         dim: coordinates of a point.
@@ -30,7 +30,7 @@ class MLP(Network):
         self.label = nn.Embedding(classes + 1, width)
         self.first = nn.Linear(dim, width)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
-        self.modulation = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.modulation = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(layers))
         self.last = nn.Linear(width, dim)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -38,5 +38,6 @@ class MLP(Network):
         embedding = F.silu(self.time(t) + self.label(y))
         h = self.first(x)
         for layer, modulation in zip(self.hidden, self.modulation, strict=True):
-            h = h + layer(F.silu(h + modulation(embedding)))
+            scale, shift = modulation(embedding).chunk(2, dim=1)
+            h = h + layer(F.silu(h * (1 + scale) + shift))
         return self.last(F.silu(h))

@@ -64,15 +64,15 @@ SOLVERS = (*ONE_STEP, "dpmpp_2m", "dopri5")
 def dpmpp_2m(v: Velocity, x: Tensor, times: Tensor) -> Iterator[Tensor]:
     """DPM-Solver++(2M): the data prediction, extrapolated along the log-SNR from the step before. Order 2, one evaluation.
 
-    With l = log(alpha / sigma) and h = l_next - l, a constant prediction x1 would give x_next = sigma_next / sigma x +
-    alpha_next (1 - exp(-h)) x1 exactly. At the ends l is infinite: the first steps from noise have nothing to extrapolate,
-    and the last takes the prediction as it is.
+    A constant prediction x1 would give x_next = r x + (alpha_next - alpha r) x1 exactly, with r = sigma_next / sigma. At the
+    ends the log-SNR is infinite: the first steps from noise have nothing to extrapolate, and the last takes the prediction as
+    it is.
     """
     before: Tensor | None = None
     h_before = torch.tensor(torch.inf)
     for t, t_next in pairwise(times):
         _, x1 = pair("velocity", STRAIGHT, v(x, t), x, t)
-        h = (STRAIGHT.log_snr(t_next) - STRAIGHT.log_snr(t)) / 2
+        h = STRAIGHT.log_snr(t_next) - STRAIGHT.log_snr(t)
         data = x1
         if before is not None and h.isfinite() and h_before.isfinite():
             data = x1 + h / (2 * h_before) * (x1 - before)

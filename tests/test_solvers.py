@@ -71,6 +71,22 @@ def test_dopri5_reaches_the_closed_form():
     torch.testing.assert_close(states[-1], X1, atol=1e-5, rtol=0)
 
 
+def test_dopri5_chooses_its_steps_however_many_are_reported():
+    asked = []
+
+    def counted(x, t):
+        asked.append(t.item())
+        return velocity(x, t)
+
+    def evaluations(steps):
+        asked.clear()
+        list(trajectory(counted, X0, time_grid(steps), "dopri5"))
+        assert max(asked) <= 1  # never beyond, where no velocity is known
+        return len(asked)
+
+    assert evaluations(1) == evaluations(50)
+
+
 def test_a_single_point_is_reached_in_one_euler_step_and_a_mixture_is_not():
     # The straight path of one point has straight trajectories: Liu et al. 2022, theorem 3.5.
     point = Gaussian(STRAIGHT, "velocity", mean=0.7, spread=0.0)

@@ -22,7 +22,7 @@ def test_a_toy_trains_and_draws_its_curve(name, tmp_path):
     figures = re.findall(r"samples, distance to the curve ([0-9.]+)" + TOYS[name], done.stdout)
     assert len(figures) == 2 and float(figures[1]) < float(figures[0])
     version = tmp_path / f"runs/{name}/version_0"
-    with Image.open(version / "samples/curve-000200.png") as picture:
+    with Image.open(version / "samples/curve-000100.png") as picture:
         assert picture.mode == "RGB" and picture.size == (1200, 400)
         assert np.asarray(picture).std() > 10
 
