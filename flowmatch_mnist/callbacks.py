@@ -140,7 +140,7 @@ class DrawSamples(Callback):
 
 
 class Report(Callback):
-    """Images per second into TensorBoard, and one line in the terminal for each validation.
+    """Samples per second into TensorBoard, and one line in the terminal for each validation.
 
     The rate is of training alone. Its clock stops after each logged step and starts with the next batch, so that validation,
     drawing and the first step (which may compile) do not count.
@@ -149,7 +149,7 @@ class Report(Callback):
     def __init__(self) -> None:
         self._begun = 0.0
         self._mark: float | None = None
-        self._images = 0
+        self._samples = 0
         self._rate = ""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -159,20 +159,20 @@ class Report(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock of the rate, if it stands still."""
         if self._mark is None:
-            self._mark, self._images = time.perf_counter(), 0
+            self._mark, self._samples = time.perf_counter(), 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the batch; in a step that is logged, log the rate and stop the clock."""
         assert self._mark is not None
-        self._images += len(batch[-1]) * trainer.world_size
+        self._samples += len(batch[-1]) * trainer.world_size
         if trainer.global_step == 1:
             self._mark = None
         elif is_logged(trainer):
-            rate = self._images / (time.perf_counter() - self._mark)
-            pl_module.log("speed/images_per_second", rate)
-            self._rate = f"{rate:.0f} images/s, "
+            rate = self._samples / (time.perf_counter() - self._mark)
+            pl_module.log("speed/samples_per_second", rate)
+            self._rate = f"{rate:.0f} samples/s, "
             self._mark = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

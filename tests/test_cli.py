@@ -38,7 +38,7 @@ def test_a_run_leaves_config_checkpoints_pictures_and_events(tiny_run):
         "loss/val",
         "optimizer/learning_rate",
         "optimizer/gradient_norm",
-        "speed/images_per_second",
+        "speed/samples_per_second",
     }
     assert scalars < set(log.Tags()["scalars"])
     assert len([tag for tag in log.Tags()["scalars"] if tag.startswith("loss_by_time/val")]) == 5

@@ -164,7 +164,7 @@ def test_the_report_prints_a_line_for_each_epoch(data_dir, tmp_path, capsys):
     trainer.fit(module, data)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["epoch 1, step 5", "epoch 2, step 10"]
-    assert all("val loss" in line and "images/s" in line for line in lines)
+    assert all("val loss" in line and "samples/s" in line for line in lines)
 
 
 def test_shares_of_the_ranks_are_put_together_in_order():
