@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from flowmatch_mnist import mnist
 from flowmatch_mnist.errors import exit_on_error
 from flowmatch_mnist.generate import Sampler, generate, load, newest_checkpoint
+from flowmatch_mnist.pictures import from_uint8
 
 WEIGHTS = Path("runs/classifier.pt")
 WAYS = [Sampler(4, "euler", 1.0), Sampler(4, "euler", 1.5), Sampler(8, "midpoint", 1.0), Sampler(8, "midpoint", 1.5)]
@@ -69,7 +70,7 @@ def train(data_dir: Path, epochs: int = 5, batch_size: int = 128) -> nn.Sequenti
 
 def scale(images: Tensor) -> Tensor:
     """From grey levels (B, 28, 28) to (B, 1, 28, 28) in [-1, 1]."""
-    return images[:, None].float() / 127.5 - 1
+    return from_uint8(images[:, None])
 
 
 @torch.inference_mode()

@@ -37,7 +37,7 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong, and end with status 2."""
         what = plain(message).replace('"<unicode string>"', str(option(sys.argv, "--config")))
-        raise UserError(f"{what.removesuffix(SEE_HELP)[:600]}{SEE_HELP}")
+        raise UserError(f"{what[:600]}{SEE_HELP}")
 
 
 def plain(message: object) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from flowmatch_mnist import mnist, streams
 from flowmatch_mnist.couplings import COUPLINGS, CouplingName
 from flowmatch_mnist.generate import Samples, draw_noise, to_images
-from flowmatch_mnist.pictures import grid
+from flowmatch_mnist.pictures import from_uint8, grid
 
 Pairs = tuple[Tensor, Tensor, Tensor]
 """(x0, x1, y): noise and data (B, *shape), labels int64 (B,)."""
@@ -252,7 +252,7 @@ class MNISTDataModule(PairsDataModule):
 
     def scale(self, data: Tensor) -> Tensor:
         """Bytes (B, 28, 28) as images (B, 1, 28, 28) in [-1, 1]."""
-        return data[:, None].float() / 127.5 - 1
+        return from_uint8(data[:, None])
 
     def finish(self, x: Tensor) -> Tensor:
         """Images (B, 1, 28, 28) as bytes (B, 28, 28)."""

@@ -18,6 +18,11 @@ BORDER = 1
 """Pixels of grey around each digit of a grid, before scaling."""
 
 
+def from_uint8(images: Tensor) -> Tensor:
+    """Grey levels 0 to 255 as values in [-1, 1], any shape."""
+    return images.float() / 127.5 - 1
+
+
 def to_uint8(x: Tensor) -> Tensor:
     """Images from [-1, 1], what lies outside cut off, to grey levels 0..255: float (...) -> uint8 (...)."""
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
