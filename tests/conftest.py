@@ -18,6 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = Path(__file__).with_name("tiny.yaml")
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Each test draws what it always draws: in whatever order, and alone."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of the genuine files, fetched if need be."""
@@ -29,7 +35,6 @@ def data_dir() -> Path:
 @pytest.fixture
 def tiny_net() -> UNet:
     """A small network with nothing at zero, so that every part of it matters."""
-    torch.manual_seed(0)
     net = UNet(channels=(4, 8, 8), blocks=(1, 1, 1))
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
