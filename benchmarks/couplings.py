@@ -41,8 +41,9 @@ def main() -> None:
         for sampler in (Sampler(4, "euler"), own):
             labels = torch.arange(10).repeat(1000)
             points = generate(flow, labels, sampler, batch_size=10_000, finish=data.finish)
-            figures = ", ".join(f"{name} {figure:.3f}" for name, figure in data.figures(points).items())
-            print(f"toy, {coupling}: {sampler.description()}: {figures}", flush=True)
+            figures = data.measure(points, "test", torch.device("cpu"))
+            words = ", ".join(f"{figure.name} {figure.value:.3f}" for figure in figures)
+            print(f"toy, {coupling}: {sampler.description()}: {words}", flush=True)
     for coupling in COUPLINGS:
         length = ["--trainer.max_steps", steps, "--trainer.val_check_interval", steps, "--sampling.every_n_steps", 0]
         checkpoint = train("quick", coupling, *length)

@@ -2,19 +2,23 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, WeightAveraging
+from lightning.pytorch.callbacks import BasePredictionWriter, RichProgressBar, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from flowmatch_mnist import streams
 from flowmatch_mnist.data import PairsDataModule
-from flowmatch_mnist.generate import Samples, generate
+from flowmatch_mnist.generate import Samples, draw_noise, generate
+from flowmatch_mnist.metrics import table
 from flowmatch_mnist.module import FlowMatching, is_logged
-from flowmatch_mnist.pictures import save_npz, save_png
+from flowmatch_mnist.pictures import save_npz, save_png, write_json
 
 
 class EMA(WeightAveraging):
@@ -130,13 +134,148 @@ class DrawSamples(Callback):
             if isinstance(trainer.logger, TensorBoardLogger):
                 pixels = picture if picture.dim() == 3 else picture[..., None]
                 trainer.logger.experiment.add_image(f"samples/{name}", pixels, trainer.global_step, dataformats="HWC")
-        figures = data.figures(samples)
-        for name, figure in figures.items():
+
+
+class Evaluate(Callback):
+    """Measures samples drawn with the averaged weights, so that quality is watched, and not the loss alone.
+
+    While training it measures a few, into TensorBoard. In `validate` and `test` it measures many: prints a table, and writes
+    `metrics.json` beside the checkpoint. What is measured is for the data module to say. Each process draws a share of the
+    samples, the same samples whatever the number of processes; one of them measures all.
+
+    Args:
+        every_n_epochs: how often to measure while training, in epochs; 0 is never.
+        every_n_steps: how often to measure while training, in optimizer steps; 0 is never.
+        samples: how many are drawn while training, the classes in turn.
+        test_samples: how many are drawn in `validate` and `test`, the classes in turn.
+        seed: of the noise.
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int = 0,
+        every_n_steps: int = 0,
+        samples: int = 1000,
+        test_samples: int = 10_000,
+        seed: int = 0,
+    ) -> None:
+        if min(every_n_epochs, every_n_steps) < 0 or min(samples, test_samples) < 2:
+            raise ValueError(
+                "Evaluate needs every_n_epochs and every_n_steps of at least 0, and samples and test_samples of at least 2"
+            )
+        self.every_n_epochs = every_n_epochs
+        self.every_n_steps = every_n_steps
+        self.samples = samples
+        self.test_samples = test_samples
+        self.seed = seed
+        self._measured_at = -1
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure if it is a step for it."""
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self.watch(trainer, cast(FlowMatching, pl_module))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure if it is an epoch for it."""
+        if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self.watch(trainer, cast(FlowMatching, pl_module))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure in `validate`."""
+        if trainer.state.fn == "validate":
+            self.judge(trainer, cast(FlowMatching, pl_module), "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure in `test`."""
+        self.judge(trainer, cast(FlowMatching, pl_module), "test")
+
+    def watch(self, trainer: Trainer, module: FlowMatching) -> None:
+        """Measure a few samples beside the validation data, log the figures and print the most telling."""
+        if trainer.global_step == self._measured_at:
+            return
+        self._measured_at = trainer.global_step
+        samples = self.draw(trainer, module, self.samples)
+        if not trainer.is_global_zero:
+            return
+        data: PairsDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        words = []
+        for figure in data.measure(samples, "val", module.device):
             if isinstance(trainer.logger, TensorBoardLogger):
-                trainer.logger.experiment.add_scalar(f"samples/{name}", figure, trainer.global_step)
-        if figures:
-            words = ", ".join(f"{name} {figure:.3f}" for name, figure in figures.items())
-            print(f"step {trainer.global_step}: {len(samples.labels)} samples, {words}", flush=True)
+                trainer.logger.experiment.add_scalar(figure.tag, figure.telling, trainer.global_step)
+            if figure.main:
+                words.append(f"{figure.title} {figure.telling:.3f}")
+        print(f"step {trainer.global_step}: {len(samples.labels)} samples, {', '.join(words)}", flush=True)
+
+    def judge(self, trainer: Trainer, module: FlowMatching, split: Literal["val", "test"]) -> None:
+        """Measure many samples beside the split, print the table and write the file."""
+        started = time.perf_counter()
+        samples = self.draw(trainer, module, self.test_samples)
+        drawn = time.perf_counter()
+        if not trainer.is_global_zero:
+            return
+        data: PairsDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        figures = data.measure(samples, split, module.device)
+        seconds = {"drawing": round(drawn - started, 1), "measuring": round(time.perf_counter() - drawn, 1)}
+        loss = trainer.callback_metrics[f"loss/{split}"].item()
+        checkpoint = Path(str(trainer.ckpt_path))
+        print(
+            f"{len(samples.labels):,} samples of {data.classes} class{'es' * (data.classes > 1)} in turn, "
+            f"{module.sampler.description()} (NFE {samples.evaluations}), seed {self.seed}; beside the {split} split\n"
+            f"{table(figures)}\n{f'loss/{split}':36}{loss:10.4f}"
+        )
+        report = checkpoint.with_name("metrics.json")
+        write_json(
+            report,
+            {
+                "checkpoint": checkpoint.name,
+                "split": split,
+                "figures": {figure.name: {"samples": figure.value, "real data": figure.real} for figure in figures},
+                f"loss/{split}": loss,
+                "samples": len(samples.labels),
+                "sampler": asdict(module.sampler),
+                "evaluations": samples.evaluations,
+                "seed": self.seed,
+                "seconds": seconds,
+                "versions": {name: version(name) for name in ("flowmatch-mnist", "torch", "lightning", "torchmetrics")},
+            },
+        )
+        print(f"wrote {report} after {seconds['drawing']:.0f} s of drawing and {seconds['measuring']:.0f} s of measuring")
+
+    def draw(self, trainer: Trainer, module: FlowMatching, count: int) -> Samples:
+        """Draw `count` samples, a share in each process, and bring them together in every process."""
+        data: PairsDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        rank, ranks = trainer.global_rank, trainer.world_size
+        labels = torch.arange(count) % data.classes
+        noise = draw_noise(count, data.shape, streams.generator("cpu", self.seed, "sampling"))
+        numbers = torch.arange(rank, count, ranks)
+        bar = trainer.progress_bar_callback
+        # The bar that Lightning shows is the only one the terminal can show at a time.
+        progress = bar.progress if isinstance(bar, RichProgressBar) and bar.is_enabled else None
+        task = progress.add_task("Drawing", total=len(numbers)) if progress else None
+        share = generate(
+            averaged(trainer, module).flow,
+            labels[numbers],
+            module.sampler,
+            seed=self.seed,
+            noise=noise[numbers],
+            numbers=numbers.tolist(),
+            batch_size=max(1, data.eval_batch_size // ranks),
+            finish=data.finish,
+            on_batch=lambda drawn: progress.advance(task, drawn) if progress and task is not None else None,
+        )
+        if progress and task is not None:
+            progress.remove_task(task)
+        shares: list[Any] = [(share.values, share.evaluations)]
+        if ranks > 1:
+            shares = [None] * ranks
+            torch.distributed.all_gather_object(shares, (share.values, share.evaluations))
+        values, evaluations = zip(*shares, strict=True)
+        return Samples(interleave(values), labels, max(evaluations))
 
 
 class Report(Callback):

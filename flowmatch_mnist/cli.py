@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import flowmatch_mnist.toy  # noqa: F401  so that a config or an option can name its data module
-from flowmatch_mnist.callbacks import EMA, DrawSamples, Report, WriteSamples
+from flowmatch_mnist.callbacks import EMA, DrawSamples, Evaluate, Report, WriteSamples
 from flowmatch_mnist.data import PairsDataModule
 from flowmatch_mnist.errors import UserError, exit_on_error, one_line
 from flowmatch_mnist.generate import KEY, newest_checkpoint, read_checkpoint
@@ -136,6 +136,7 @@ class CLI(LightningCLI):
         parser.add_argument("--name", type=str, default="mnist", help="The run's name: it goes to runs/<name>/version_<n>/.")
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(DrawSamples, "sampling")
+        parser.add_lightning_class_args(Evaluate, "evaluation")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
             {
@@ -167,6 +168,8 @@ class CLI(LightningCLI):
             config.ckpt_path = str(checkpoint)
         if self.subcommand != "fit":
             self.save_config_callback = None
+        if self.subcommand in ("validate", "test"):
+            config.verbose = False  # Evaluate prints a table of its own
 
     def instantiate_classes(self) -> None:
         try:

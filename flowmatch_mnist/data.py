@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -12,6 +12,7 @@ from torch import Tensor
 from flowmatch_mnist import mnist, streams
 from flowmatch_mnist.couplings import COUPLINGS, CouplingName
 from flowmatch_mnist.generate import Samples, draw_noise, to_images
+from flowmatch_mnist.metrics import Figure, Ruler
 from flowmatch_mnist.pictures import from_uint8, grid
 
 Pairs = tuple[Tensor, Tensor, Tensor]
@@ -137,9 +138,9 @@ class PairsDataModule(LightningDataModule):
         """Pictures uint8 (H, W) or (H, W, 3) by name, of the ways too where the samples came with their states."""
         raise NotImplementedError
 
-    def figures(self, samples: Samples) -> dict[str, float]:
-        """Measures by name of how good the samples are."""
-        return {}
+    def measure(self, samples: Samples, split: Literal["val", "test"], device: torch.device) -> list[Figure]:
+        """How good the samples are, beside the real data of a split. One process is asked; the device is its own."""
+        raise NotImplementedError
 
     def fixed_noise(self, split: str, samples: int) -> Tensor:
         """The noise of an evaluation, the same in every epoch and run: float32 (samples, *shape)."""
@@ -231,6 +232,7 @@ class MNISTDataModule(PairsDataModule):
         if not 1 <= val_size <= 60_000 - batch_size:
             raise ValueError(f"val_size must leave a batch of {batch_size} of the 60,000 to train on, got {val_size}")
         self.data_dir = Path(data_dir)
+        self.rulers: dict[str, Ruler] = {}
         self.val_size = val_size
 
     def prepare_data(self) -> None:
@@ -239,7 +241,7 @@ class MNISTDataModule(PairsDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the splits that the stage needs into memory."""
-        if stage in ("fit", "validate") and "train" not in self.splits:
+        if "train" not in self.splits:  # also to test: samples are measured beside what was trained on
             images, labels = mnist.load(self.data_dir, "train")
             # The same digits are held out in every run, whatever its seed: validation losses can be compared.
             order = torch.randperm(len(images), generator=streams.generator("cpu", "validation split"))
@@ -249,6 +251,13 @@ class MNISTDataModule(PairsDataModule):
         if stage == "test" and "test" not in self.splits:
             images, labels = mnist.load(self.data_dir, "test")
             self.splits["test"] = (images, labels, self.fixed_noise("test", len(images)))
+
+    def measure(self, samples: Samples, split: Literal["val", "test"], device: torch.device) -> list[Figure]:
+        """The ruler's figures, beside the images of the split; see `metrics.Ruler`."""
+        if split not in self.rulers:
+            images, labels, _ = self.splits[split]
+            self.rulers[split] = Ruler((images, labels), self.splits["train"], device)  # type: ignore[arg-type]
+        return self.rulers[split].measure(samples.values, samples.labels)
 
     def scale(self, data: Tensor) -> Tensor:
         """Bytes (B, 28, 28) as images (B, 1, 28, 28) in [-1, 1]."""

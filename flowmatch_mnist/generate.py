@@ -1,7 +1,7 @@
 """From saved weights to digits by label. `sample.py` and the training's callbacks both call this."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -218,6 +218,7 @@ def generate(
     *,
     seed: int = 0,
     noise: Tensor | None = None,
+    numbers: Sequence[int] | None = None,
     batch_size: int = 250,
     keep_states: bool = False,
     finish: Callable[[Tensor], Tensor] = to_images,
@@ -234,6 +235,7 @@ def generate(
         sampler: solver, steps, guidance and the rest.
         seed: of the noise.
         noise: to start from, (N, *shape), in place of the seed's.
+        numbers: of the samples in a larger whole, whose noise is given: what churn draws for each is told by its number.
         batch_size: how many are drawn at a time, at least 1.
         keep_states: whether to keep the states on the way too.
         finish: turns states (B, *shape) into what is kept of them; by default, images of bytes.
@@ -252,7 +254,8 @@ def generate(
     for y in labels.split(batch_size):
         guided = flow.guided(y.to(device), sampler)
         x0 = draw_noise(len(y), net.shape, source) if noise is None else noise[done : done + len(y)]
-        draw = churn_noise(seed, range(done, done + len(y)), net.shape, device) if sampler.churn else None
+        batch = range(done, done + len(y)) if numbers is None else numbers[done : done + len(y)]
+        draw = churn_noise(seed, batch, net.shape, device) if sampler.churn else None
         states: list[Tensor] = []
         for x in flow.states(guided, x0.to(device), sampler, draw=draw):
             # The states on the way are let go at once unless they are asked for.

@@ -1,5 +1,6 @@
 """Digits on disk: grids, strips and animations, each written whole or not at all."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,3 +83,9 @@ def save_npz(path: Path, **arrays: Tensor) -> None:
     contents: dict[str, Any] = {name: array.numpy() for name, array in arrays.items()}
     with replacing(path) as temporary:
         np.savez_compressed(temporary, **contents)
+
+
+def write_json(path: Path, contents: dict[str, Any]) -> None:
+    """Write plain values as JSON."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(contents, indent=1, ensure_ascii=False) + "\n")

@@ -5,6 +5,7 @@ to see through.
 """
 
 import math
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from flowmatch_mnist import streams
 from flowmatch_mnist.couplings import CouplingName
 from flowmatch_mnist.data import PairsDataModule
 from flowmatch_mnist.generate import Samples
+from flowmatch_mnist.metrics import Figure
 
 LENGTH = 4 * math.pi
 NOISE_STD = 2.0
@@ -79,13 +81,14 @@ class CurveDataModule(PairsDataModule):
         """Points of the plane."""
         return x * NOISE_STD
 
-    def figures(self, samples: Samples) -> dict[str, float]:
+    def measure(self, samples: Samples, split: Literal["val", "test"], device: torch.device) -> list[Figure]:
         """Mean distance to the curve, and the fraction of points whose nearest point of the curve is on their segment."""
         x = torch.linspace(0, LENGTH, 4001)
         distance, nearest = torch.cdist(samples.values, curve(x)).min(dim=1)
-        figures = {"distance to the curve": distance.mean().item()}
+        figures = [Figure("distance to the curve", distance.mean().item(), real=0.0)]
         if self.classes > 1:
-            figures["on its segment"] = (self.segment(x[nearest]) == samples.labels).double().mean().item()
+            right = self.segment(x[nearest]) == samples.labels
+            figures.append(Figure("on its segment", right.double().mean().item(), real=1.0))
         return figures
 
     def pictures(self, samples: Samples) -> dict[str, Tensor]:

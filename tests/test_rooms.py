@@ -23,6 +23,8 @@ ROOMS = [
     "generate",
     "muon",
     "mnist",
+    "digitnet",
+    "metrics",
     "data",
     "toy",
     "module",

@@ -16,7 +16,8 @@ TOYS = {"toy": "", "toy_prompted": ", on its segment 0"}
 
 @pytest.mark.parametrize("name", TOYS)
 def test_a_toy_trains_and_draws_its_curve(name, tmp_path):
-    short = ["--trainer.max_epochs", 2, "--trainer.check_val_every_n_epoch", 1, "--sampling.every_n_epochs", 1]
+    short = ["--trainer.max_epochs", 2, "--trainer.check_val_every_n_epoch", 1]
+    short += ["--sampling.every_n_epochs", 1, "--evaluation.every_n_epochs", 1]
     done = run("train.py", "--config", ROOT / f"configs/{name}.yaml", *short, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
     figures = re.findall(r"samples, distance to the curve ([0-9.]+)" + TOYS[name], done.stdout)
@@ -47,19 +48,23 @@ def test_ddpm_trains_and_draws_by_ancestral_sampling(tmp_path, data_dir):
     assert "euler, 10 steps, guidance 1, 10 evaluations each" in ddim.stdout, ddim.stderr
 
 
+def measure(data, points, labels):
+    figures = data.measure(Samples(points, labels, 0), "test", torch.device("cpu"))
+    assert {figure.name: figure.real for figure in figures} == {"distance to the curve": 0, "on its segment": 1}
+    return {figure.name: figure.value for figure in figures}
+
+
 def test_points_lie_on_their_segment_of_the_curve():
     data = CurveDataModule(prompted=True, samples=2000)
     data.setup("fit")
     points, labels = data.splits["train"]
     torch.testing.assert_close(points[:, 1], points[:, 0].sin())
     assert torch.equal(labels, (points[:, 0] / (0.4 * torch.pi)).long()) and labels.bincount().min() > 150
-    figures = data.figures(Samples(points, labels, 0))
-    assert figures["distance to the curve"] < 2e-3 and figures["on its segment"] > 0.995
-    figures = data.figures(Samples(points, (labels + 1) % 10, 0))
-    assert figures["on its segment"] < 0.005
+    assert measure(data, points, labels) == pytest.approx({"distance to the curve": 0, "on its segment": 1}, abs=5e-3)
+    assert measure(data, points, (labels + 1) % 10)["on its segment"] < 0.005
     # Moved along the normal where the curve is level.
     top = curve(torch.tensor([torch.pi / 2])) + torch.tensor([0.0, 0.3])
-    assert data.figures(Samples(top, torch.tensor([1]), 0)) == pytest.approx(
+    assert measure(data, top, torch.tensor([1])) == pytest.approx(
         {"distance to the curve": 0.3, "on its segment": 1.0}, abs=1e-3
     )
 

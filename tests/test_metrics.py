@@ -1,0 +1,195 @@
+"""The ruler: each measure against a closed form or a case whose answer is known, and the whole on real digits."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from flowmatch_mnist import digitnet, mnist, streams
+from flowmatch_mnist.errors import UserError
+from flowmatch_mnist.metrics import (
+    Figure,
+    Ruler,
+    frechet_distance,
+    kernel_distance,
+    label_accuracy,
+    precision_and_recall,
+    table,
+)
+
+DIM = digitnet.DigitNet.num_features
+
+
+def gaussian(mean, covariance, count=500):
+    """Points whose sample mean and covariance are exactly these."""
+    points = torch.randn(count, DIM, dtype=torch.float64)
+    points -= points.mean(0)
+    whitened = points @ torch.linalg.inv(torch.linalg.cholesky(points.T.cov())).T
+    return mean + whitened @ torch.linalg.cholesky(covariance).T
+
+
+def random_covariance():
+    factor = torch.randn(DIM, DIM, dtype=torch.float64) / DIM**0.5
+    return factor @ factor.T + 0.1 * torch.eye(DIM, dtype=torch.float64)
+
+
+def test_the_frechet_distance_of_two_gaussians():
+    means = torch.randn(2, DIM, dtype=torch.float64)
+    covariances = random_covariance(), random_covariance()
+    root = scipy.linalg.sqrtm((covariances[0] @ covariances[1]).numpy()).real
+    expected = (means[0] - means[1]).square().sum() + covariances[0].trace() + covariances[1].trace() - 2 * np.trace(root)
+    found = frechet_distance(gaussian(means[0], covariances[0]), gaussian(means[1], covariances[1], count=300))
+    assert found == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_equal_sets_are_at_no_distance():
+    points = gaussian(torch.zeros(DIM).double(), random_covariance())
+    assert frechet_distance(points, points[torch.randperm(len(points))]) == pytest.approx(0, abs=1e-6)
+    assert precision_and_recall(points, points) == (1, 1)
+
+
+def test_the_kernel_distance_is_the_unbiased_one():
+    first, second = torch.randn(50, DIM).double(), 0.3 + torch.randn(50, DIM).double()
+
+    def kernel(a, b):
+        return (a @ b.T / DIM + 1) ** 3
+
+    within = sum((kernel(x, x).sum() - kernel(x, x).trace()) / (50 * 49) for x in (first, second))
+    expected = within - 2 * kernel(first, second).mean()
+    assert kernel_distance(first, second) == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_the_kernel_distance_leaves_the_global_generator_alone_and_repeats():
+    first, second = torch.randn(300, DIM).double(), torch.randn(300, DIM).double()
+    before = torch.get_rng_state()
+    assert kernel_distance(first, second, subset_size=100) == kernel_distance(first, second, subset_size=100)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_label_accuracy_overall_and_by_digit():
+    labels = torch.tensor([0, 0, 0, 1, 2, 2])
+    overall, by_digit = label_accuracy(torch.tensor([0, 0, 1, 1, 3, 2]), labels)
+    assert overall == pytest.approx(4 / 6)
+    assert by_digit[:3] == pytest.approx([2 / 3, 1, 1 / 2])
+    assert np.isnan(by_digit[3:]).all()
+
+
+def test_precision_and_recall_tell_what_is_missing_from_what_is_wrong():
+    left, right = torch.randn(400, 2), torch.randn(400, 2) + 100
+    real = torch.cat([left, right])
+    half = torch.randn(400, 2)
+    precision, recall = precision_and_recall(real, half)
+    assert precision > 0.9 and 0.4 < recall <= 0.5
+    half_wrong = torch.cat([half, torch.randn(400, 2) + 50])
+    precision, recall = precision_and_recall(real, half_wrong)
+    assert 0.45 < precision <= 0.5 and 0.4 < recall <= 0.5
+    # Balls reach to the third nearest other point: that of 0 to 3 (and -3), that of 4 to 1 (and 7).
+    line = torch.arange(5.0)[:, None]
+    assert precision_and_recall(line, torch.tensor([[-2.9], [6.9]]))[0] == 1
+    assert precision_and_recall(line, torch.tensor([[-3.1], [6.9]]))[0] == 0.5
+
+
+def some(data_dir, split, start, stop):
+    """Images and labels of a split. Mixed first: in the files, the digits of a writer stand together."""
+    images, labels = mnist.load(data_dir, split)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[start:stop]
+    return images[order], labels[order]
+
+
+@pytest.fixture(scope="session")
+def ruler(data_dir):
+    return Ruler(some(data_dir, "test", 0, 2000), some(data_dir, "train", 0, 8000))
+
+
+def measure(ruler, images, labels):
+    return {figure.title: figure.telling for figure in ruler.measure(images, labels)}
+
+
+def test_the_ruler_knows_real_digits_copies_prototypes_and_noise(ruler, data_dir):
+    images, labels = some(data_dir, "train", 8000, 8500)
+    real = measure(ruler, images, labels)
+    assert real["Frechet distance ratio"] == pytest.approx(1, abs=0.3)
+    assert real["label accuracy"] > 0.98 and real["precision"] > 0.8 and real["recall"] > 0.6
+    assert real["near copies"] < 0.05 and abs(real["kernel distance"]) < 0.05
+
+    copies = measure(ruler, ruler.training[:500], ruler.training_labels[:500])
+    assert copies["near copies"] == 1 and copies["distance to nearest training image"] < 1e-3
+
+    # One good digit of each class, again and again: every label right, and nothing else.
+    first = torch.stack([images[labels == digit][0] for digit in range(10)])
+    prototypes = measure(ruler, first.repeat(50, 1, 1), torch.arange(10).repeat(50))
+    assert prototypes["label accuracy"] > 0.89 and prototypes["recall"] < 0.1
+    assert prototypes["Frechet distance ratio"] > 5 * real["Frechet distance ratio"]
+
+    noise = measure(ruler, torch.randint(256, (500, 28, 28), dtype=torch.uint8), labels)
+    assert noise["label accuracy"] < 0.3 and noise["near copies"] == 0
+    assert noise["Frechet distance ratio"] > 5 * real["Frechet distance ratio"]
+
+
+def test_what_real_data_get_stands_beside_each_figure(ruler, data_dir):
+    images, labels = some(data_dir, "train", 8000, 8100)
+    figures = {figure.name: figure for figure in ruler.measure(images, labels)}
+    # The floor: as many training images of each digit, drawn once for all.
+    order = torch.randperm(8000, generator=streams.generator("cpu", "floor"))
+    floor = torch.cat([order[ruler.training_labels[order] == digit][: (labels == digit).sum()] for digit in range(10)])
+    features = ruler.look(ruler.training[floor])[0]
+    assert figures["Frechet distance"].real == pytest.approx(frechet_distance(ruler.features, features))
+    assert figures["recall"].real == precision_and_recall(ruler.features, features)[1]
+    assert figures["label accuracy"].real == ruler.accuracy > 0.99
+    assert figures["near copies"].real == pytest.approx(0.01, abs=1e-3)
+    with pytest.raises(ValueError, match="10000 samples are more"):
+        ruler.measure(torch.zeros(10_000, 28, 28, dtype=torch.uint8), torch.arange(10_000) % 10)
+
+
+def test_the_table_and_the_tags():
+    figures = [Figure("Frechet distance", 3.0, 1.5, ratio=True), Figure("label accuracy by digit/7", 0.9, 1.0)]
+    first, second, third = table(figures).splitlines()
+    assert first.split() == ["samples", "real", "data", "ratio"]
+    assert second.split() == ["Frechet", "distance", "3.0000", "1.5000", "2.00"]
+    assert third.split() == ["label", "accuracy", "by", "digit", "7", "0.9000", "1.0000"]
+    assert [figure.tag for figure in figures] == ["quality/Frechet distance ratio", "label accuracy by digit/7"]
+
+
+def test_digitnet_reads_as_well_as_its_file_claims(data_dir):
+    measured = digitnet.accuracy(digitnet.digitnet(), *mnist.load(data_dir, "test"))
+    claimed = digitnet.metadata()
+    assert measured == pytest.approx(float(claimed["test_accuracy"]), abs=2e-4)  # two images, for other processors
+    assert measured >= 0.996
+    assert claimed["command"].startswith("python -m flowmatch_mnist.digitnet")
+    assert digitnet.WEIGHTS.stat().st_size < 1_000_000
+
+
+def test_digitnet_learns_and_learns_the_same_again(data_dir, tmp_path, monkeypatch, capsys):
+    train, test = mnist.load(data_dir, "train"), mnist.load(data_dir, "test")
+    few = {"train": (train[0][:3000], train[1][:3000]), "test": (test[0][:500], test[1][:500])}
+    monkeypatch.setattr(mnist, "load", lambda data_dir, split: few[split])
+    out = tmp_path / "weights.safetensors"
+    monkeypatch.setattr("sys.argv", ["digitnet", "--epochs", "2", "--out", str(out), "--data-dir", str(data_dir)])
+    digitnet.main()
+    assert f"wrote {out}" in capsys.readouterr().out
+    monkeypatch.setattr(digitnet, "WEIGHTS", out)
+    net = digitnet.digitnet.__wrapped__()
+    assert digitnet.accuracy(net, *few["test"]) == pytest.approx(float(digitnet.metadata()["test_accuracy"]), abs=2e-3)
+    assert digitnet.accuracy(net, *few["test"]) > 0.9
+    again = digitnet.train(*few["train"], epochs=2, seed=0).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in net.state_dict().items())
+
+
+def test_distorted_digits_are_still_white_on_black_and_each_is_distorted_by_itself(data_dir):
+    image = mnist.load(data_dir, "test")[0][:1]
+    distorted = digitnet.distort(image.expand(50, -1, -1), torch.Generator().manual_seed(0))
+    assert distorted.shape == (50, 1, 28, 28) and distorted.min() == -1 and distorted.max() <= 1
+    assert (distorted[:, 0, 0, 0] == -1).all()
+    assert len({tuple(one.flatten().tolist()) for one in distorted}) == 50
+    light = (distorted + 1).sum((1, 2, 3)) / (image / 127.5).sum()
+    assert ((light > 0.7) & (light < 1.4)).all()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no safetensors", "cut"])
+def test_a_missing_or_damaged_classifier_is_named(content, tmp_path, monkeypatch):
+    file = tmp_path / "digitnet.safetensors"
+    if content is not None:
+        file.write_bytes(digitnet.WEIGHTS.read_bytes()[:5000] if content == "cut" else content)
+    monkeypatch.setattr(digitnet, "WEIGHTS", file)
+    with pytest.raises(UserError, match="missing or damaged"):
+        digitnet.digitnet.__wrapped__()
