@@ -209,7 +209,7 @@ class Evaluate(Callback):
                 trainer.logger.experiment.add_scalar(figure.tag, figure.telling, trainer.global_step)
             if figure.main:
                 words.append(f"{figure.title} {figure.telling:.3f}")
-        print(f"step {trainer.global_step}: {len(samples.labels)} samples, {', '.join(words)}", flush=True)
+        print(f"step {trainer.global_step}: {len(samples.labels)} samples, {', '.join(words[:4])}", flush=True)
 
     def judge(self, trainer: Trainer, module: FlowMatching, split: Literal["val", "test"]) -> None:
         """Measure many samples beside the split, print the table and write the file."""
@@ -234,8 +234,8 @@ class Evaluate(Callback):
             {
                 "checkpoint": checkpoint.name,
                 "split": split,
-                "figures": {figure.name: {"samples": figure.value, "real data": figure.real} for figure in figures},
-                f"loss/{split}": loss,
+                "figures": {f.name: {"samples": round(f.value, 6), "real data": round(f.real, 6)} for f in figures},
+                f"loss/{split}": round(loss, 6),
                 "samples": len(samples.labels),
                 "sampler": asdict(module.sampler),
                 "evaluations": samples.evaluations,

@@ -1,5 +1,6 @@
 """`train.py` as a person runs it: what it writes, how it goes on, and what it says of mistakes."""
 
+import json
 import logging
 import shutil
 import subprocess
@@ -94,8 +95,33 @@ def test_last_goes_on_in_the_same_folder_with_the_same_config(tiny_run, tmp_path
 def test_validate_and_test_need_only_the_checkpoint(tiny_run, subcommand):
     done = run("train.py", subcommand, "--ckpt_path", "runs/tiny/version_0/checkpoints/last.ckpt", cwd=tiny_run)
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
-    assert f"loss/{subcommand[:3] if subcommand == 'validate' else 'test'}" in done.stdout
+    split = {"validate": "val", "test": "test"}[subcommand]
+    assert f"\nloss/{split} " in done.stdout and "\nFrechet distance " in done.stdout
+    assert (
+        f"40 samples of 10 classes in turn, midpoint, 2 steps, guidance 1 (NFE 4), seed 0; beside the {split} split"
+        in done.stdout
+    )
+    report = json.loads((tiny_run / "runs/tiny/version_0/checkpoints/metrics.json").read_text())
+    assert report["checkpoint"] == "last.ckpt" and report["split"] == split
+    assert report["samples"] == 40 and report["evaluations"] == 4 and report["sampler"]["solver"] == "midpoint"
+    assert report["figures"]["label accuracy"]["real data"] > 0.99
+    assert report["figures"]["Frechet distance"]["samples"] > report["figures"]["Frechet distance"]["real data"]
     assert sorted(path.name for path in (tiny_run / "runs/tiny").iterdir()) == ["version_0"]
+
+
+def test_two_processes_measure_what_one_does(tiny_run, tmp_path):
+    # With churn, whose noise must not depend on the sharing either; 23 samples are no multiple of two.
+    shutil.copytree(tiny_run / "runs", tmp_path / "runs")
+    sampler = ["--model.sampler.solver", "euler", "--model.sampler.churn", 0.5]
+    arguments = ["test", "--ckpt_path", "last", *sampler, "--evaluation.test_samples", 23, "--trainer.accelerator", "cpu"]
+    reports = []
+    for devices in ([], ["--trainer.devices", 2, "--trainer.strategy", "ddp"]):
+        done = run("train.py", *arguments, *devices, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("wrote ") == 1
+        reports.append(json.loads((tmp_path / "runs/tiny/version_0/checkpoints/metrics.json").read_text()))
+    assert reports[0]["figures"] == reports[1]["figures"]
+    assert reports[0]["loss/test"] == pytest.approx(reports[1]["loss/test"], abs=1e-5)
 
 
 def test_predict_writes_the_digits_that_sample_draws(tiny_run, tmp_path):
