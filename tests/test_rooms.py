@@ -20,6 +20,7 @@ ROOMS = [
     "unet",
     "mlp",
     "pictures",
+    "pixels",
     "generate",
     "muon",
     "mnist",
