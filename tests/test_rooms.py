@@ -22,6 +22,7 @@ ROOMS = [
     "pictures",
     "pixels",
     "generate",
+    "likelihood",
     "muon",
     "mnist",
     "data",
