@@ -53,7 +53,6 @@ def main() -> None:
     parser.add_argument("--spacing", choices=Spacing.__args__, default=INTEGRATOR.spacing, help="of the steps")
     parser.add_argument("--tolerance", type=float, default=1e-5, help="of dopri5 (default: 1e-5)")
     parser.add_argument("--guidance", type=float, default=1.0, help="of the flow (default: 1, none)")
-    parser.add_argument("--pixels", choices=PIXELS, default="linear", help="the scale that the model was trained on")
     parser.add_argument("--seed", type=int, default=0, help="of the pixels' noise and the probes (default: 0)")
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
@@ -79,7 +78,7 @@ def main() -> None:
     chosen = torch.randperm(len(images), generator=streams.generator("cpu", "likelihood"))[: options.images]
     # The numbers are those of the test set: a digit's noise and probe are the same, however many are measured.
     numbers = chosen.tolist()
-    x1, log_slope = dequantize(images[chosen], PIXELS[options.pixels], seed=options.seed, numbers=numbers)
+    x1, log_slope = dequantize(images[chosen], PIXELS[flow.pixels], seed=options.seed, numbers=numbers)
 
     started = time.perf_counter()
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -106,7 +105,7 @@ def main() -> None:
         "evaluations": found.evaluations,
         "seconds": seconds,
     }
-    print(f"{checkpoint}, {len(x1)} test digits, {how}, {options.pixels} pixels, seed {options.seed}")
+    print(f"{checkpoint}, {len(x1)} test digits, {how}, {flow.pixels} pixels, seed {options.seed}")
     print(f"bits per dimension, given the label: {in_words(figures['bits_per_dimension_given_the_label'])}")
     print(f"bits per dimension, any label:       {in_words(figures['bits_per_dimension'])}")
     print(f"accuracy of the likeliest label:     {in_words(figures['accuracy'])}")

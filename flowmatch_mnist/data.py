@@ -13,7 +13,8 @@ from flowmatch_mnist import mnist, streams
 from flowmatch_mnist.couplings import COUPLINGS, CouplingName
 from flowmatch_mnist.generate import Samples, draw_noise, to_images
 from flowmatch_mnist.metrics import Figure, Ruler
-from flowmatch_mnist.pictures import from_uint8, grid
+from flowmatch_mnist.pictures import grid
+from flowmatch_mnist.pixels import PIXELS, PixelsName, dequantization
 
 Pairs = tuple[Tensor, Tensor, Tensor]
 """(x0, x1, y): noise and data (B, *shape), labels int64 (B,)."""
@@ -85,7 +86,8 @@ class Batches:
 class PairsDataModule(LightningDataModule):
     """Yields the pairs (x0, x1, y) of noise and data, and knows how to show what was drawn.
 
-    A subclass says in `setup` what the splits are: "train" is (data, labels), "val" and "test" are (data, labels, fixed noise).
+    A subclass says in `setup` what the splits are: "train" is (data, labels), "val" and "test" are (data, labels, fixed noise),
+    and the fixed noise of dequantisation if there is any.
 
     Args:
         batch_size: training samples per step and process.
@@ -98,11 +100,15 @@ class PairsDataModule(LightningDataModule):
         shape: of one sample.
         classes: how many classes there are.
         kind: what the samples are, in the plural.
+        pixels: the scale of images' grey levels.
+        dequantize: whether levels get noise, see `pixels.Pixels`.
     """
 
     shape: tuple[int, ...]
     classes: int
     kind = "images"
+    pixels: PixelsName = "linear"
+    dequantize = False
 
     def __init__(
         self,
@@ -126,8 +132,8 @@ class PairsDataModule(LightningDataModule):
         self.splits: dict[str, tuple[Tensor, ...]] = {}
         self._untrained_batches = count()
 
-    def scale(self, data: Tensor) -> Tensor:
-        """Data as the splits hold it, as the x1 (B, *shape) that the network sees."""
+    def scale(self, data: Tensor, u: Tensor | None = None) -> Tensor:
+        """Data as the splits hold it, with dequantisation's noise if any, as the x1 (B, *shape) that the network sees."""
         return data
 
     def finish(self, x: Tensor) -> Tensor:
@@ -180,13 +186,17 @@ class PairsDataModule(LightningDataModule):
         """
         if self.trainer is not None and self.trainer.predicting:
             return batch
-        data, y, *fixed_noise = batch
-        x1 = self.scale(data)
-        if fixed_noise:
-            return fixed_noise[0], x1, y
+        data, y, *fixed = batch
+        if fixed:
+            return fixed[0], self.scale(data, *fixed[1:]), y
         step = streams.step(self.trainer) if self.trainer else next(self._untrained_batches)
-        generator = streams.generator(x1.device, self.seed, "noise", step, self._place[0])
-        x0 = torch.randn(x1.shape, generator=generator, device=x1.device)
+        place = (step, self._place[0])
+        u = None
+        if self.dequantize:
+            generator = streams.generator(data.device, self.seed, "dequantization", *place)
+            u = torch.rand(data.shape, generator=generator, device=data.device)
+        x1 = self.scale(data, u)
+        x0 = torch.randn(x1.shape, generator=streams.generator(x1.device, self.seed, "noise", *place), device=x1.device)
         return self.couple(x0, x1, y), x1, y
 
     @property
@@ -209,6 +219,9 @@ class MNISTDataModule(PairsDataModule):
         eval_batch_size: images per step of validation and test, shared between the processes.
         predict_per_class: how many digits of each class `predict` draws.
         coupling: which noise of a batch is paired with which of its digits; see `couplings`.
+        pixels: the scale of the grey levels: linear, from -1 to 1, or logit.
+        dequantize: whether each level gets noise as wide as the level, afresh in each batch, so that digits have a density;
+            likelihoods need it.
         seed: of the noise and of the data order; the command line sets it from `seed_everything`.
 
     Raises:
@@ -226,9 +239,13 @@ class MNISTDataModule(PairsDataModule):
         eval_batch_size: int = 500,
         predict_per_class: int = 10,
         coupling: CouplingName = "independent",
+        pixels: PixelsName = "linear",
+        dequantize: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, predict_per_class, coupling, seed)
+        self.pixels = pixels
+        self.dequantize = dequantize
         if not 1 <= val_size <= 60_000 - batch_size:
             raise ValueError(f"val_size must leave a batch of {batch_size} of the 60,000 to train on, got {val_size}")
         self.data_dir = Path(data_dir)
@@ -247,25 +264,30 @@ class MNISTDataModule(PairsDataModule):
             order = torch.randperm(len(images), generator=streams.generator("cpu", "validation split"))
             held_out, kept = order[: self.val_size], order[self.val_size :]
             self.splits["train"] = (images[kept], labels[kept])
-            self.splits["val"] = (images[held_out], labels[held_out], self.fixed_noise("val", len(held_out)))
+            self.splits["val"] = (images[held_out], labels[held_out], *self._fixed("val", len(held_out)))
         if stage == "test" and "test" not in self.splits:
             images, labels = mnist.load(self.data_dir, "test")
-            self.splits["test"] = (images, labels, self.fixed_noise("test", len(images)))
+            self.splits["test"] = (images, labels, *self._fixed("test", len(images)))
+
+    def _fixed(self, split: str, count: int) -> list[Tensor]:
+        u = [dequantization(0, range(count), (28, 28))] if self.dequantize else []
+        return [self.fixed_noise(split, count), *u]
 
     def measure(self, samples: Samples, split: Literal["val", "test"], device: torch.device) -> list[Figure]:
         """The ruler's figures, beside the images of the split; see `metrics.Ruler`."""
         if split not in self.rulers:
-            images, labels, _ = self.splits[split]
-            self.rulers[split] = Ruler((images, labels), self.splits["train"], device)  # type: ignore[arg-type]
+            (images, labels, *_), (training, training_labels) = self.splits[split], self.splits["train"]
+            self.rulers[split] = Ruler((images, labels), (training, training_labels), device)
         return self.rulers[split].measure(samples.values, samples.labels)
 
-    def scale(self, data: Tensor) -> Tensor:
-        """Bytes (B, 28, 28) as images (B, 1, 28, 28) in [-1, 1]."""
-        return from_uint8(data[:, None])
+    def scale(self, data: Tensor, u: Tensor | None = None) -> Tensor:
+        """Grey levels (B, 28, 28), at the middle of their cells or at u, as images (B, 1, 28, 28), mostly in [-1, 1]."""
+        u = torch.full(data.shape, 0.5, device=data.device) if u is None else u
+        return PIXELS[self.pixels].forward(data, u)[:, None]
 
     def finish(self, x: Tensor) -> Tensor:
         """Images (B, 1, 28, 28) as bytes (B, 28, 28)."""
-        return to_images(x)
+        return to_images(x, self.pixels)
 
     def pictures(self, samples: Samples) -> dict[str, Tensor]:
         """A grid with a column for each class, and, with the states, a strip from noise to digit, a row for each class."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from flowmatch_mnist.guidance import Guided
 from flowmatch_mnist.mlp import MLP
 from flowmatch_mnist.network import Network
 from flowmatch_mnist.paths import PATHS, PathName
-from flowmatch_mnist.pictures import to_uint8
+from flowmatch_mnist.pixels import PIXELS, PixelsName
 from flowmatch_mnist.solvers import Draw, Spacing, check_solver, time_grid, trajectory
 from flowmatch_mnist.unet import UNet
 
@@ -79,11 +80,13 @@ class Flow:
         net: the network.
         path: the name of the path it was trained on.
         prediction: what it puts out.
+        pixels: the scale of the grey levels it was trained on, if it is of images.
     """
 
     net: Network
     path: PathName = "linear"
     prediction: Prediction = "velocity"
+    pixels: PixelsName = "linear"
 
     def guided(self, y: Tensor, sampler: Sampler) -> Guided:
         """The network with the labels y (B,) and the sampler's guidance bound; it counts its evaluations."""
@@ -122,6 +125,7 @@ class Flow:
             "arguments": self.net.arguments,
             "path": self.path,
             "prediction": self.prediction,
+            "pixels": self.pixels,
             "sampler": asdict(sampler) | {"guidance_interval": list(sampler.guidance_interval)},
         }
 
@@ -163,7 +167,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[Flow, Sampler]
     """
     checkpoint = read_checkpoint(path)
     held = checkpoint[KEY]
-    for what, known in (("network", NETWORKS), ("path", PATHS), ("prediction", PREDICTIONS)):
+    for what, known in (("network", NETWORKS), ("path", PATHS), ("prediction", PREDICTIONS), ("pixels", PIXELS)):
         if held.get(what) not in known:
             raise UserError(f"{path} holds a {what} {held.get(what)!r}; this program knows {', '.join(known)}")
     try:
@@ -173,7 +177,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[Flow, Sampler]
         sampler = Sampler(**held["sampler"])
     except Exception as error:  # a damaged description can fail in any way a constructor can
         raise UserError(f"the weights in {path} do not fit its network: {one_line(error)[:200]}; use another") from error
-    return Flow(net.to(device).eval(), held["path"], held["prediction"]), sampler
+    return Flow(net.to(device).eval(), held["path"], held["prediction"], held["pixels"]), sampler
 
 
 def draw_noise(count: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -187,9 +191,9 @@ def churn_noise(seed: int, numbers: Iterable[int], shape: tuple[int, ...], devic
     return lambda: torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
 
 
-def to_images(x: Tensor) -> Tensor:
-    """Samples (B, 1, H, W) in [-1, 1] as grey images uint8 (B, H, W)."""
-    return to_uint8(x).flatten(1, 2)
+def to_images(x: Tensor, pixels: PixelsName = "linear") -> Tensor:
+    """Samples (B, 1, H, W) as grey images uint8 (B, H, W)."""
+    return PIXELS[pixels].inverse(x).flatten(1, 2)
 
 
 @dataclass
@@ -221,7 +225,7 @@ def generate(
     numbers: Sequence[int] | None = None,
     batch_size: int = 250,
     keep_states: bool = False,
-    finish: Callable[[Tensor], Tensor] = to_images,
+    finish: Callable[[Tensor], Tensor] | None = None,
     on_batch: Callable[[int], None] = lambda drawn: None,
 ) -> Samples:
     """Draw a sample for each label by integrating dx/dt = v(x, t, y) from noise at t=0 to data at t=1.
@@ -238,13 +242,14 @@ def generate(
         numbers: of the samples in a larger whole, whose noise is given: what churn draws for each is told by its number.
         batch_size: how many are drawn at a time, at least 1.
         keep_states: whether to keep the states on the way too.
-        finish: turns states (B, *shape) into what is kept of them; by default, images of bytes.
+        finish: turns states (B, *shape) into what is kept of them; by default, images of bytes on the flow's scale.
         on_batch: called after each batch with how many samples it drew.
 
     Raises:
         FloatingPointError: if a state is not finite.
     """
     net = flow.net
+    finish = finish or partial(to_images, pixels=flow.pixels)
     device = next(net.parameters()).device
     source = streams.generator("cpu", seed, "sampling")
     was_training = net.training

@@ -180,4 +180,6 @@ class FlowMatching(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in the checkpoint what its weights are of, so that `sample.py` needs no config."""
-        checkpoint[KEY] = self.flow.describe(self.sampler)
+        data = getattr(self.trainer, "datamodule", None)
+        pixels = {} if data is None else {"pixels": data.pixels}
+        checkpoint[KEY] = self.flow.describe(self.sampler) | pixels

@@ -24,11 +24,6 @@ def from_uint8(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def to_uint8(x: Tensor) -> Tensor:
-    """Images from [-1, 1], what lies outside cut off, to grey levels 0..255: float (...) -> uint8 (...)."""
-    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
 def grid(images: Tensor, columns: int, scale: int = 4) -> Tensor:
     """Lay images in rows of `columns`: uint8 (N, H, W) -> uint8 (rows (H+2) scale, columns (W+2) scale).
 

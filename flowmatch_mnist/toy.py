@@ -73,7 +73,7 @@ class CurveDataModule(PairsDataModule):
         """The class whose part of the curve lies over x: (N,) -> int64 (N,)."""
         return (x * self.classes / LENGTH).long().clamp(0, self.classes - 1)
 
-    def scale(self, data: Tensor) -> Tensor:
+    def scale(self, data: Tensor, u: Tensor | None = None) -> Tensor:
         """Points of the plane, in units of the noise's deviation."""
         return data / NOISE_STD
 
