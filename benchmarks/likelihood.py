@@ -1,0 +1,127 @@
+"""How many bits does a digit take, and does the flow know which digit it is?
+
+    python benchmarks/likelihood.py                          the newest run, 200 digits of the test set under every label
+    python benchmarks/likelihood.py --images 1000 --solver dopri5 --tolerance 1e-4 --out runs/likelihood.json
+
+Bits per dimension of MNIST's official test set, dequantised with uniform noise, given the label and without it; and how often
+the label that makes the digit likeliest is its own. Each integration goes by the instantaneous change of variables, with
+Hutchinson's estimate of the divergence. It says nothing of how good drawn digits look (Theis et al. 2016, section 3.2).
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from flowmatch_mnist import mnist, streams
+from flowmatch_mnist.errors import UserError, exit_on_error
+from flowmatch_mnist.generate import Sampler, load, newest_checkpoint
+from flowmatch_mnist.likelihood import INTEGRATOR, marginal_log_likelihood
+from flowmatch_mnist.pictures import replacing
+from flowmatch_mnist.pixels import PIXELS, bits_per_dimension, dequantize
+from flowmatch_mnist.solvers import SOLVERS, Spacing
+
+
+def mean(values: Tensor) -> dict[str, float]:
+    """The mean of some values, and its standard error."""
+    return {"mean": values.mean().item(), "standard_error": values.std().item() / math.sqrt(len(values))}
+
+
+def in_words(figure: dict[str, float]) -> str:
+    """A mean and its standard error."""
+    return "{mean:.4f} +- {standard_error:.4f}".format(**figure)
+
+
+def main() -> None:
+    """Measure, and say what came."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, help="the model (default: last.ckpt of the newest run)")
+    parser.add_argument(
+        "--images", type=int, default=200, help="how many, 2 to 10,000, in a fixed shuffled order (default: 200)"
+    )
+    parser.add_argument("--solver", choices=SOLVERS, default=INTEGRATOR.solver, help=f"(default: {INTEGRATOR.solver})")
+    parser.add_argument(
+        "--steps", type=int, default=INTEGRATOR.steps, help=f"(default: {INTEGRATOR.steps}; dopri5 has its own)"
+    )
+    parser.add_argument("--spacing", choices=Spacing.__args__, default=INTEGRATOR.spacing, help="of the steps")
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="of dopri5 (default: 1e-5)")
+    parser.add_argument("--guidance", type=float, default=1.0, help="of the flow (default: 1, none)")
+    parser.add_argument("--pixels", choices=PIXELS, default="linear", help="the scale that the model was trained on")
+    parser.add_argument("--seed", type=int, default=0, help="of the pixels' noise and the probes (default: 0)")
+    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
+    options = parser.parse_args()
+    try:
+        sampler = Sampler(options.steps, options.solver, options.guidance, spacing=options.spacing)
+    except ValueError as error:
+        raise UserError(error) from error
+    if not 2 <= options.images <= 10_000 or options.batch_size < 1 or not 0 < options.tolerance < 1:
+        raise UserError("--images takes 2 to 10000, --batch-size at least 1, --tolerance a number between 0 and 1")
+    if sampler.solver == "dpmpp_2m":
+        raise UserError("dpmpp_2m goes from noise to data only; choose another --solver")
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"no device {options.device!r} here; use --device cpu") from error
+    checkpoint = options.checkpoint or newest_checkpoint()
+    flow, _ = load(checkpoint, options.device)
+    if flow.net.shape != (1, 28, 28) or flow.net.no_label != 10:
+        raise UserError(
+            f"{checkpoint} is of no digits (its samples have shape {flow.net.shape}); name another with --checkpoint"
+        )
+    mnist.prepare(options.data_dir)
+    images, labels = mnist.load(options.data_dir, "test")
+    chosen = torch.randperm(len(images), generator=streams.generator("cpu", "likelihood"))[: options.images]
+    # The numbers are those of the test set: a digit's noise and probe are the same, however many are measured.
+    numbers = chosen.tolist()
+    x1, log_slope = dequantize(images[chosen], PIXELS[options.pixels], seed=options.seed, numbers=numbers)
+
+    started = time.perf_counter()
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("integrating", total=len(x1) * flow.net.no_label)
+        found = marginal_log_likelihood(
+            flow,
+            x1,
+            sampler,
+            seed=options.seed,
+            numbers=numbers,
+            batch_size=options.batch_size,
+            tolerance=options.tolerance,
+            on_batch=lambda done: progress.advance(task, done),
+        )
+    seconds = time.perf_counter() - started
+
+    y = labels[chosen]
+    log_p_own = found.log_p_given.gather(1, y[:, None])[:, 0]
+    how = f"tolerance {options.tolerance:g}" if sampler.solver == "dopri5" else sampler.description()
+    figures: dict[str, Any] = {
+        "bits_per_dimension_given_the_label": mean(bits_per_dimension(log_p_own, log_slope, x1[0].numel())),
+        "bits_per_dimension": mean(bits_per_dimension(found.log_p, log_slope, x1[0].numel())),
+        "accuracy": mean((found.log_p_given.argmax(1) == y).double()),
+        "evaluations": found.evaluations,
+        "seconds": seconds,
+    }
+    print(f"{checkpoint}, {len(x1)} test digits, {how}, {options.pixels} pixels, seed {options.seed}")
+    print(f"bits per dimension, given the label: {in_words(figures['bits_per_dimension_given_the_label'])}")
+    print(f"bits per dimension, any label:       {in_words(figures['bits_per_dimension'])}")
+    print(f"accuracy of the likeliest label:     {in_words(figures['accuracy'])}")
+    print(f"{found.evaluations} evaluations for each digit and label, {seconds:.0f} s")
+    if options.out:
+        settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items() if name != "out"}
+        with replacing(options.out) as temporary:
+            temporary.write_text(json.dumps(settings | {"checkpoint": str(checkpoint)} | figures, indent=2) + "\n")
+        print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main()
