@@ -129,7 +129,7 @@ def noise_of(file: str, number: int, flow: "Flow", data_dir: Path) -> "Tensor":
 
     from flowmatch_mnist import mnist
     from flowmatch_mnist.generate import invert
-    from flowmatch_mnist.pictures import from_uint8
+    from flowmatch_mnist.pixels import PIXELS
 
     if file == "test":
         mnist.prepare(data_dir)
@@ -141,7 +141,8 @@ def noise_of(file: str, number: int, flow: "Flow", data_dir: Path) -> "Tensor":
                 pixels, label = pil_to_tensor(picture.convert("L").resize((28, 28))), number
         except UnidentifiedImageError as error:
             raise UserError(f"{file} is no picture; give a PNG of a white digit on black") from error
-    return invert(flow, from_uint8(pixels[None]), torch.tensor([label]))[0]
+    middle = torch.full(pixels.shape, 0.5)
+    return invert(flow, PIXELS[flow.pixels].forward(pixels, middle)[None], torch.tensor([label]))[0]
 
 
 def noises(options: argparse.Namespace, columns: int, rows: int, flow: "Flow") -> "Tensor | None":

@@ -67,6 +67,10 @@ def main() -> None:
         raise UserError("--images takes 2 to 10000, --batch-size at least 1, --tolerance a number between 0 and 1")
     if sampler.solver == "dpmpp_2m":
         raise UserError("dpmpp_2m goes from noise to data only; choose another --solver")
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"no device {options.device!r} here; use --device cpu") from error
     checkpoint = options.checkpoint or newest_checkpoint()
     flow, _ = load(checkpoint, options.device)
     if flow.net.shape != (1, 28, 28) or flow.net.no_label != 10:

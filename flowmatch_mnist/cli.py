@@ -204,10 +204,10 @@ class CLI(LightningCLI):
                 f"{type(net).__name__} is for {net.no_label} classes of shape {tuple(net.shape)}, but {type(data).__name__} "
                 f"has {data.classes} of shape {tuple(data.shape)}; mend the config"
             )
-        wanted = self.model.flow.describe(self.model.sampler)
+        wanted = self.model.flow.describe(self.model.sampler) | {"pixels": data.pixels}
         if checkpoint is not None:
             held = self.held
-            for key in ("network", "arguments", "path", "prediction"):
+            for key in ("network", "arguments", "path", "prediction", "pixels"):
                 if held.get(key) != wanted[key]:
                     raise UserError(
                         f"{checkpoint} holds a model with {key} {held.get(key)}, but the config asks for {wanted[key]}; "

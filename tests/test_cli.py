@@ -113,7 +113,7 @@ def test_two_processes_measure_what_one_does(tiny_run, tmp_path):
     # With churn, whose noise must not depend on the sharing either; 23 samples are no multiple of two.
     shutil.copytree(tiny_run / "runs", tmp_path / "runs")
     sampler = ["--model.sampler.solver", "euler", "--model.sampler.churn", 0.5]
-    arguments = ["test", "--ckpt_path", "last", *sampler, "--evaluation.test_samples", 23, "--trainer.accelerator", "cpu"]
+    arguments = ["validate", "--ckpt_path", "last", *sampler, "--evaluation.test_samples", 23, "--trainer.accelerator", "cpu"]
     reports = []
     for devices in ([], ["--trainer.devices", 2, "--trainer.strategy", "ddp"]):
         done = run("train.py", *arguments, *devices, cwd=tmp_path)
@@ -121,7 +121,7 @@ def test_two_processes_measure_what_one_does(tiny_run, tmp_path):
         assert done.stdout.count("wrote ") == 1
         reports.append(json.loads((tmp_path / "runs/tiny/version_0/checkpoints/metrics.json").read_text()))
     assert reports[0]["figures"] == reports[1]["figures"]
-    assert reports[0]["loss/test"] == pytest.approx(reports[1]["loss/test"], abs=1e-5)
+    assert reports[0]["loss/val"] == pytest.approx(reports[1]["loss/val"], abs=1e-5)
 
 
 def test_predict_writes_the_digits_that_sample_draws(tiny_run, tmp_path):

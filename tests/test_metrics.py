@@ -161,7 +161,7 @@ def test_digitnet_reads_as_well_as_its_file_claims(data_dir):
 
 def test_digitnet_learns_and_learns_the_same_again(data_dir, tmp_path, monkeypatch, capsys):
     train, test = mnist.load(data_dir, "train"), mnist.load(data_dir, "test")
-    few = {"train": (train[0][:3000], train[1][:3000]), "test": (test[0][:500], test[1][:500])}
+    few = {"train": (train[0][:1500], train[1][:1500]), "test": (test[0][:500], test[1][:500])}
     monkeypatch.setattr(mnist, "load", lambda data_dir, split: few[split])
     out = tmp_path / "weights.safetensors"
     monkeypatch.setattr("sys.argv", ["digitnet", "--epochs", "2", "--out", str(out), "--data-dir", str(data_dir)])

@@ -79,3 +79,8 @@ def test_the_noise_fills_its_cells_evenly():
     assert u.min() > -1e-4 and u.max() < 1 + 1e-4
     assert abs(u.mean() - 0.5) < 4 / math.sqrt(12 * u.numel())
     assert abs(u.var() - 1 / 12) < 4 / math.sqrt(180 * u.numel())
+
+
+def test_what_lies_outside_is_cut_off_not_wrapped():
+    assert PIXELS["linear"].inverse(torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0])).tolist() == [0, 0, 128, 255, 255]
+    assert PIXELS["logit"].inverse(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]

@@ -13,7 +13,7 @@ from PIL import Image
 from flowmatch_mnist import mnist
 from flowmatch_mnist.errors import UserError
 from flowmatch_mnist.generate import Flow, Sampler, generate, load, newest_checkpoint
-from flowmatch_mnist.pictures import grid, replacing, to_uint8
+from flowmatch_mnist.pictures import grid, replacing
 
 CHECKPOINT = "runs/tiny/version_0/checkpoints/last.ckpt"
 
@@ -138,6 +138,7 @@ def test_a_picture_is_drawn_again_from_its_own_noise(tiny_run, data_dir):
         (["7", "--from-image", "test:0", "--from-image", "test:1"], ["--interpolate"]),
         (["7", "--checkpoint", "path.ckpt"], ["path.ckpt", "zigzag", "linear, cosine, vp"]),
         (["7", "--checkpoint", "prediction.ckpt"], ["prediction.ckpt", "velocity, data, noise"]),
+        (["7", "--checkpoint", "pixels.ckpt"], ["pixels.ckpt", "linear, logit"]),
         (["7", "--out", "digits.jpg"], ["digits.jpg", ".png"]),
         (["7", "--out", "half.ckpt/digits.png"], ["half.ckpt/digits.png", "cannot write"]),
     ],
@@ -153,6 +154,7 @@ def test_mistakes_get_one_line_and_leave_nothing_behind(tiny_run, tmp_path, argu
         "network": lambda c: c["flowmatch_mnist"].update(network="os.system"),
         "path": lambda c: c["flowmatch_mnist"].update(path="zigzag"),
         "prediction": lambda c: c["flowmatch_mnist"].update(prediction="future"),
+        "pixels": lambda c: c["flowmatch_mnist"].update(pixels="sepia"),
         "nan": lambda c: c["state_dict"]["net.stem.bias"].fill_(float("nan")),
     }.items():
         checkpoint = torch.load(tiny_run / CHECKPOINT, weights_only=True)
@@ -212,10 +214,6 @@ def test_a_grid_is_rows_of_cells():
     assert sheet[1::4, 1::5].tolist() == [[0, 1], [2, 3], [4, 0]]
     assert sheet[0, 0] == 64
     assert torch.equal(grid(images, 2, scale=3)[::3, ::3], sheet)
-
-
-def test_grey_levels_are_cut_off_not_wrapped():
-    assert to_uint8(torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0])).tolist() == [0, 0, 128, 255, 255]
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
