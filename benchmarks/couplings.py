@@ -3,7 +3,7 @@
     python benchmarks/couplings.py [--steps 700]            some twenty minutes on two cores
 
 Trains the prompted toy and a shortened `configs/quick.yaml` with each coupling, on equal numbers of batches, and measures what
-each draws: points by their distance to the curve and their segment, digits by their label (see `label_accuracy.py`).
+each draws: points by their distance to the curve and their segment, 2,000 digits by the ruler.
 """
 
 import argparse
@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from flowmatch_mnist.couplings import COUPLINGS
+from flowmatch_mnist.data import MNISTDataModule, PairsDataModule
 from flowmatch_mnist.errors import exit_on_error
-from flowmatch_mnist.generate import Sampler, generate, load, newest_checkpoint
+from flowmatch_mnist.generate import Sampler, Samples, generate, load, newest_checkpoint
 from flowmatch_mnist.toy import CurveDataModule
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,26 +30,34 @@ def train(config: str, coupling: str, *options: object) -> Path:
     return newest_checkpoint(ROOT / "runs", name)
 
 
+def tell(what: str, sampler: Sampler, data: PairsDataModule, samples: Samples) -> None:
+    """Measure the samples, and print the figures."""
+    figures = data.measure(samples, "test", torch.device("cpu"))
+    words = ", ".join(f"{figure.title} {figure.telling:.3f}" for figure in figures if figure.main)
+    print(f"{what}: {sampler.description()}: {words}", flush=True)
+
+
 def main() -> None:
     """Train and measure them all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=700, help="of the digits' training (default: 700)")
     steps = parser.parse_args().steps
+    toy, digits = CurveDataModule(prompted=True), MNISTDataModule()
+    digits.prepare_data()
+    digits.setup("test")
     for coupling in COUPLINGS:
         # Few points to a batch: the cost of an assignment grows with the cube of their number.
         flow, own = load(train("toy_prompted", coupling, "--data.batch_size", 250, "--trainer.max_epochs", 10))
-        data = CurveDataModule(prompted=True)
         for sampler in (Sampler(4, "euler"), own):
             labels = torch.arange(10).repeat(1000)
-            points = generate(flow, labels, sampler, batch_size=10_000, finish=data.finish)
-            figures = data.measure(points, "test", torch.device("cpu"))
-            words = ", ".join(f"{figure.name} {figure.value:.3f}" for figure in figures)
-            print(f"toy, {coupling}: {sampler.description()}: {words}", flush=True)
+            points = generate(flow, labels, sampler, batch_size=10_000, finish=toy.finish)
+            tell(f"toy, {coupling}", sampler, toy, points)
     for coupling in COUPLINGS:
         length = ["--trainer.max_steps", steps, "--trainer.val_check_interval", steps, "--sampling.every_n_steps", 0]
-        checkpoint = train("quick", coupling, *length)
-        print(f"digits, {coupling}:", flush=True)
-        subprocess.run([sys.executable, "benchmarks/label_accuracy.py", "--checkpoint", checkpoint], cwd=ROOT, check=True)
+        length += ["--evaluation.every_n_steps", 0]
+        flow, _ = load(train("quick", coupling, *length))
+        for sampler in (Sampler(4, "euler"), Sampler(4, "euler", 1.5), Sampler(8, "midpoint")):
+            tell(f"digits, {coupling}", sampler, digits, generate(flow, torch.arange(2000) % 10, sampler))
 
 
 if __name__ == "__main__":
