@@ -7,6 +7,7 @@ Sources: Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule", equ
 Assessing Generative Models", section 3.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -185,6 +186,7 @@ class Ruler:
             *(
                 Figure(f"label accuracy by digit/{digit}", value, real)
                 for digit, (value, real) in enumerate(zip(by_digit, self.accuracy_by_digit, strict=True))
+                if not math.isnan(value)
             ),
         ]
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -68,8 +69,13 @@ def test_a_second_run_leaves_the_first_as_it_is_and_options_override_the_config(
         "--trainer.max_epochs",
         1,
     ]
+    arguments += ["--evaluation.every_n_epochs", 1, "--evaluation.samples", 20]
     done = run("train.py", "fit", *arguments, "--model.net.channels", "[4,4,4]", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert re.search(r"step 6: 20 samples, label accuracy 0\.\d+, Frechet distance ratio [\d.]+, precision", done.stdout)
+    log = events(tmp_path / "runs/tiny/version_1")
+    assert log.Scalars("quality/Frechet distance ratio")[0].step == 6
+    assert "quality/near copies" in log.Tags()["scalars"] and "label accuracy by digit/9" in log.Tags()["scalars"]
     assert (tmp_path / "runs/tiny/version_0/checkpoints/last.ckpt").read_bytes() == before
     config = yaml.safe_load((tmp_path / "runs/tiny/version_1/config.yaml").read_text())
     assert config["model"]["optimizer"] == {

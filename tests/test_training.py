@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
-from flowmatch_mnist.callbacks import EMA, DrawSamples, Report, averaged, interleave
+from flowmatch_mnist.callbacks import EMA, DrawSamples, Evaluate, Report, averaged, interleave
 from flowmatch_mnist.data import MNISTDataModule
 from flowmatch_mnist.generate import Sampler, load
 from flowmatch_mnist.module import FlowMatching
@@ -177,6 +177,7 @@ def test_shares_of_the_ranks_are_put_together_in_order():
     [
         (lambda: EMA(decay=1), "decay"),
         (lambda: DrawSamples(every_n_steps=-1), "every_n_steps"),
+        (lambda: Evaluate(samples=1), "samples"),
         (lambda: Sampler(0), "steps"),
     ],
 )
