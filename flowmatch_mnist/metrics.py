@@ -112,19 +112,23 @@ def _nearest(from_: Tensor, to: Tensor, rank: int = 1) -> Tensor:
     return torch.cat([torch.cdist(some, to).topk(rank, largest=False).values[:, -1] for some in from_.split(CHUNK)])
 
 
-def precision_and_recall(real: Tensor, drawn: Tensor, neighbours: int = 3) -> tuple[float, float]:
-    """The share of drawn samples on the real ones' manifold, and of real ones on the drawn samples': (N, D), (M, D).
+class Manifold:
+    """Where a set of points lies: the union of balls around them, each reaching to the third nearest other point.
 
-    The manifold of a set is the union of balls around its points, each reaching to the third nearest other point.
+    Args:
+        points: (N, D).
+        neighbours: to which of the nearest a ball reaches.
     """
 
-    def share_on(points: Tensor, manifold: Tensor) -> float:
-        # Its nearest point is the point itself, which does not count.
-        radii = _nearest(manifold, manifold, min(neighbours + 1, len(manifold)))
-        inside = [(torch.cdist(some, manifold) <= radii).any(1) for some in points.split(CHUNK)]
-        return torch.cat(inside).double().mean().item()
+    def __init__(self, points: Tensor, neighbours: int = 3) -> None:
+        self.points = points
+        # The nearest point is the point itself, which does not count.
+        self.radii = _nearest(points, points, min(neighbours + 1, len(points)))
 
-    return share_on(drawn, real), share_on(real, drawn)
+    def share(self, points: Tensor) -> float:
+        """The share of other points (M, D) that lies on it: of samples on real data, precision; the other way, recall."""
+        inside = [(torch.cdist(some, self.points) <= self.radii).any(1) for some in points.split(CHUNK)]
+        return torch.cat(inside).double().mean().item()
 
 
 class Ruler:
@@ -147,6 +151,7 @@ class Ruler:
         self.training, self.training_labels = training
         images, labels = held_out
         self.features, read = self.look(images)
+        self.manifold = Manifold(self.features)
         self.accuracy, self.accuracy_by_digit = label_accuracy(read.cpu(), labels)
         self._pixels = self._flat(self.training)
         order = torch.randperm(len(images), generator=streams.generator("cpu", "near copies"))
@@ -193,7 +198,8 @@ class Ruler:
     def _compare(self, features: Tensor) -> list[float]:
         return [
             frechet_distance(self.features, features),
-            *precision_and_recall(self.features, features),
+            self.manifold.share(features),
+            Manifold(features).share(self.features),
             kernel_distance(self.features, features),
         ]
 
