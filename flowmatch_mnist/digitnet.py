@@ -8,7 +8,6 @@ It is no part of the model: no run trains it, averages it, or keeps it in a chec
 import argparse
 import json
 import math
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -68,7 +67,6 @@ class DigitNet(nn.Module):
         return logits
 
 
-@cache
 def digitnet() -> DigitNet:
     """The classifier with the weights in the package, ready to measure with, on the CPU.
 

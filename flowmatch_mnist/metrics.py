@@ -20,6 +20,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from flowmatch_mnist import streams
 from flowmatch_mnist.digitnet import DigitNet, digitnet
+from flowmatch_mnist.errors import UserError
 
 CHUNK = 1000
 """How many images are looked at, or have their distances taken, at a time."""
@@ -141,11 +142,16 @@ class Ruler:
         held_out: images uint8 (M, 28, 28) and their labels (M,), to compare with.
         training: images uint8 (N, 28, 28) and their labels (N,), that the model was trained on.
         device: where to measure.
+
+    Raises:
+        UserError: if fewer than 10 images are held out.
     """
 
     def __init__(
         self, held_out: tuple[Tensor, Tensor], training: tuple[Tensor, Tensor], device: torch.device | str = "cpu"
     ) -> None:
+        if len(held_out[0]) < 10:
+            raise UserError(f"{len(held_out[0])} held-out images are too few to measure samples beside; raise val_size")
         self.device = torch.device(device)
         self.net = digitnet().to(self.device)
         self.training, self.training_labels = training
@@ -172,7 +178,7 @@ class Ruler:
         """All figures of digits uint8 (N, 28, 28) drawn for labels int64 (N,), N at least 2.
 
         Raises:
-            ValueError: if there are fewer training images of a digit than samples.
+            UserError: if there are fewer training images of a digit than samples.
         """
         floor = self._floor(labels)
         features, read = self.look(images)
@@ -210,7 +216,9 @@ class Ruler:
             order = torch.randperm(len(self.training), generator=streams.generator("cpu", "floor"))
             by_digit = [order[self.training_labels[order] == digit][:count] for digit, count in enumerate(counts)]
             if tuple(map(len, by_digit)) != counts:
-                raise ValueError(f"{len(labels)} samples are more than there are training images of each digit to compare with")
+                raise UserError(
+                    f"{len(labels)} samples are more than there are training images of each digit to compare with; draw fewer"
+                )
             self._floors[counts] = self._compare(self.look(self.training[torch.cat(by_digit)])[0])
         return self._floors[counts]
 

@@ -137,8 +137,10 @@ def test_what_real_data_get_stands_beside_each_figure(ruler, data_dir):
     assert figures["recall"].real == Manifold(features).share(ruler.features)
     assert figures["label accuracy"].real == ruler.accuracy > 0.99
     assert figures["near copies"].real == pytest.approx(0.01, abs=1e-3)
-    with pytest.raises(ValueError, match="10000 samples are more"):
+    with pytest.raises(UserError, match="10000 samples are more"):
         ruler.measure(torch.zeros(10_000, 28, 28, dtype=torch.uint8), torch.arange(10_000) % 10)
+    with pytest.raises(UserError, match="9 held-out images are too few"):
+        Ruler((images[:9], labels[:9]), (images, labels))
 
 
 def test_the_table_and_the_tags():
@@ -168,7 +170,7 @@ def test_digitnet_learns_and_learns_the_same_again(data_dir, tmp_path, monkeypat
     digitnet.main()
     assert f"wrote {out}" in capsys.readouterr().out
     monkeypatch.setattr(digitnet, "WEIGHTS", out)
-    net = digitnet.digitnet.__wrapped__()
+    net = digitnet.digitnet()
     assert digitnet.accuracy(net, *few["test"]) == pytest.approx(float(digitnet.metadata()["test_accuracy"]), abs=2e-3)
     assert digitnet.accuracy(net, *few["test"]) > 0.8
     again = digitnet.train(*few["train"], epochs=2, seed=0).state_dict()
@@ -192,4 +194,4 @@ def test_a_missing_or_damaged_classifier_is_named(content, tmp_path, monkeypatch
         file.write_bytes(digitnet.WEIGHTS.read_bytes()[:5000] if content == "cut" else content)
     monkeypatch.setattr(digitnet, "WEIGHTS", file)
     with pytest.raises(UserError, match="missing or damaged"):
-        digitnet.digitnet.__wrapped__()
+        digitnet.digitnet()
