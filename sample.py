@@ -141,8 +141,7 @@ def noise_of(file: str, number: int, flow: "Flow", data_dir: Path) -> "Tensor":
                 pixels, label = pil_to_tensor(picture.convert("L").resize((28, 28))), number
         except UnidentifiedImageError as error:
             raise UserError(f"{file} is no picture; give a PNG of a white digit on black") from error
-    middle = torch.full(pixels.shape, 0.5)
-    return invert(flow, PIXELS[flow.pixels].forward(pixels, middle)[None], torch.tensor([label]))[0]
+    return invert(flow, PIXELS[flow.pixels].forward(pixels)[None], torch.tensor([label]))[0]
 
 
 def noises(options: argparse.Namespace, columns: int, rows: int, flow: "Flow") -> "Tensor | None":
@@ -171,20 +170,11 @@ def main() -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from flowmatch_mnist.generate import generate, load, newest_checkpoint
+    from flowmatch_mnist.generate import generate, load_digits
     from flowmatch_mnist.pictures import grid, save_gif, save_npz, save_png
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"no device {device!r} here; use --device cpu") from error
-    checkpoint = options.checkpoint or newest_checkpoint()
-    flow, sampler = load(checkpoint, device)
-    if flow.net.shape != (1, 28, 28) or flow.net.no_label != 10:
-        raise UserError(
-            f"{checkpoint} draws no digits (its samples have shape {flow.net.shape}); name another with --checkpoint"
-        )
+    checkpoint, flow, sampler = load_digits(options.checkpoint, device)
     settings = ("steps", "solver", "guidance", "guidance_interval", "spacing", "churn")
     asked = {name: getattr(options, name) for name in settings if getattr(options, name) is not None}
     try:

@@ -9,7 +9,6 @@ Hutchinson's estimate of the divergence. It says nothing of how good drawn digit
 """
 
 import argparse
-import json
 import math
 import time
 from pathlib import Path
@@ -22,9 +21,9 @@ from torch import Tensor
 
 from flowmatch_mnist import mnist, streams
 from flowmatch_mnist.errors import UserError, exit_on_error
-from flowmatch_mnist.generate import Sampler, load, newest_checkpoint
+from flowmatch_mnist.generate import Sampler, load_digits
 from flowmatch_mnist.likelihood import INTEGRATOR, marginal_log_likelihood
-from flowmatch_mnist.pictures import replacing
+from flowmatch_mnist.pictures import save_json
 from flowmatch_mnist.pixels import PIXELS, bits_per_dimension, dequantize
 from flowmatch_mnist.solvers import SOLVERS, Spacing
 
@@ -65,18 +64,9 @@ def main() -> None:
         raise UserError(error) from error
     if not 2 <= options.images <= 10_000 or options.batch_size < 1 or not 0 < options.tolerance < 1:
         raise UserError("--images takes 2 to 10000, --batch-size at least 1, --tolerance a number between 0 and 1")
-    if sampler.solver == "dpmpp_2m":
-        raise UserError("dpmpp_2m goes from noise to data only; choose another --solver")
-    try:
-        torch.empty(0, device=options.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"no device {options.device!r} here; use --device cpu") from error
-    checkpoint = options.checkpoint or newest_checkpoint()
-    flow, _ = load(checkpoint, options.device)
-    if flow.net.shape != (1, 28, 28) or flow.net.no_label != 10:
-        raise UserError(
-            f"{checkpoint} is of no digits (its samples have shape {flow.net.shape}); name another with --checkpoint"
-        )
+    if not sampler.reversible:
+        raise UserError(f"{sampler.solver} goes from noise to data only; choose another --solver")
+    checkpoint, flow, _ = load_digits(options.checkpoint, options.device)
     mnist.prepare(options.data_dir)
     images, labels = mnist.load(options.data_dir, "test")
     chosen = torch.randperm(len(images), generator=streams.generator("cpu", "likelihood"))[: options.images]
@@ -116,8 +106,7 @@ def main() -> None:
     print(f"{found.evaluations} evaluations for each digit and label, {seconds:.0f} s")
     if options.out:
         settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items() if name != "out"}
-        with replacing(options.out) as temporary:
-            temporary.write_text(json.dumps(settings | {"checkpoint": str(checkpoint)} | figures, indent=2) + "\n")
+        save_json(options.out, settings | {"checkpoint": str(checkpoint)} | figures)
         print(f"wrote {options.out}")
 
 

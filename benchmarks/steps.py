@@ -17,8 +17,8 @@ from rich.progress import track
 
 from flowmatch_mnist.data import MNISTDataModule
 from flowmatch_mnist.errors import UserError, exit_on_error
-from flowmatch_mnist.generate import Flow, Sampler, generate, load, newest_checkpoint
-from flowmatch_mnist.pictures import replacing, write_json
+from flowmatch_mnist.generate import Flow, Sampler, generate, load_digits
+from flowmatch_mnist.pictures import replacing, save_json
 from flowmatch_mnist.solvers import SOLVERS
 
 EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "dpmpp_2m": 1}
@@ -86,18 +86,17 @@ def main() -> None:
     options = parser.parse_args()
     if min(options.samples, *options.evaluations) < 1:
         raise UserError("--samples and --evaluations must be at least 1")
+    checkpoint, flow, _ = load_digits(options.checkpoint, options.device)
     data = MNISTDataModule(options.data_dir)
     data.prepare_data()
     data.setup("test")
-    checkpoint = options.checkpoint or newest_checkpoint()
-    flow, _ = load(checkpoint, options.device)
     points = []
     for sampler in track(samplers(options.solvers, options.evaluations, options.guidance), "measuring"):
         points.append(measure(flow, sampler, data, options.samples, options.seed))
         told = ", ".join(f"{name} {value:.3f}" for name, value in points[-1].items() if isinstance(value, float))
         print(f"{sampler.description()} (NFE {points[-1]['evaluations']}): {told}", flush=True)
     contents = {"checkpoint": str(checkpoint), "samples": options.samples, "seed": options.seed, "points": points}
-    write_json(options.out.with_suffix(".json"), contents)
+    save_json(options.out.with_suffix(".json"), contents)
     draw(points, options.out.with_suffix(".png"), f"{checkpoint}, {options.samples:,} digits, seed {options.seed}")
     print(f"wrote {options.out}.png and {options.out}.json")
 

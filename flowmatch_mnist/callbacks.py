@@ -18,7 +18,7 @@ from flowmatch_mnist.data import PairsDataModule
 from flowmatch_mnist.generate import Samples, draw_noise, generate
 from flowmatch_mnist.metrics import table
 from flowmatch_mnist.module import FlowMatching, is_logged
-from flowmatch_mnist.pictures import save_npz, save_png, write_json
+from flowmatch_mnist.pictures import save_json, save_npz, save_png
 
 
 class EMA(WeightAveraging):
@@ -71,7 +71,47 @@ def averaged(trainer: Trainer, module: FlowMatching) -> FlowMatching:
     return next((average for average in averages if average is not None), module)
 
 
-class DrawSamples(Callback):
+class Periodic(Callback):
+    """Does something in training every few epochs or optimizer steps, at most once in a step.
+
+    Args:
+        every_n_epochs: how often, in epochs; 0 is never.
+        every_n_steps: how often, in optimizer steps; 0 is never.
+
+    Raises:
+        ValueError: if a number is negative.
+    """
+
+    def __init__(self, every_n_epochs: int, every_n_steps: int) -> None:
+        if min(every_n_epochs, every_n_steps) < 0:
+            raise ValueError(f"{type(self).__name__} needs every_n_epochs and every_n_steps of at least 0")
+        self.every_n_epochs = every_n_epochs
+        self.every_n_steps = every_n_steps
+        self._done_at = -1
+
+    def act(self, trainer: Trainer, module: FlowMatching) -> None:
+        """Do it now, in every process."""
+        raise NotImplementedError
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Act if it is a step for it."""
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self._act_once(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Act if it is an epoch for it."""
+        if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._act_once(trainer, pl_module)
+
+    def _act_once(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.global_step != self._done_at:
+            self._done_at = trainer.global_step
+            self.act(trainer, cast(FlowMatching, module))
+
+
+class DrawSamples(Periodic):
     """Draws, with the averaged weights, samples of every class: pictures and figures, into TensorBoard and as PNG files.
 
     The noise is the same every time, so that the eye can follow each sample as it forms. What the pictures show is for the data
@@ -89,36 +129,21 @@ class DrawSamples(Callback):
     """
 
     def __init__(self, every_n_epochs: int = 1, every_n_steps: int = 0, rows: int = 8, seed: int = 0) -> None:
-        if min(every_n_epochs, every_n_steps) < 0 or rows < 1:
-            raise ValueError("DrawSamples needs every_n_epochs and every_n_steps of at least 0, and rows of at least 1")
-        self.every_n_epochs = every_n_epochs
-        self.every_n_steps = every_n_steps
+        super().__init__(every_n_epochs, every_n_steps)
+        if rows < 1:
+            raise ValueError(f"DrawSamples needs rows of at least 1, got {rows}")
         self.rows = rows
         self.seed = seed
         self.folder: Path | None = None
-        self._drawn_at = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Learn the run's folder, which the processes agree on together: later, only one of them would ask."""
         self.folder = Path(trainer.log_dir) if trainer.log_dir else None
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Draw if it is a step for it."""
-        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
-            self.draw(trainer, cast(FlowMatching, pl_module))
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw if it is an epoch for it."""
-        if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self.draw(trainer, cast(FlowMatching, pl_module))
-
-    def draw(self, trainer: Trainer, module: FlowMatching) -> None:
+    def act(self, trainer: Trainer, module: FlowMatching) -> None:
         """Draw now, log the pictures, and write the files."""
-        if not trainer.is_global_zero or trainer.global_step == self._drawn_at:
+        if not trainer.is_global_zero:
             return
-        self._drawn_at = trainer.global_step
         data: PairsDataModule = trainer.datamodule  # type: ignore[attr-defined]
         samples = generate(
             averaged(trainer, module).flow,
@@ -136,7 +161,7 @@ class DrawSamples(Callback):
                 trainer.logger.experiment.add_image(f"samples/{name}", pixels, trainer.global_step, dataformats="HWC")
 
 
-class Evaluate(Callback):
+class Evaluate(Periodic):
     """Measures samples drawn with the averaged weights, so that quality is watched, and not the loss alone.
 
     While training it measures a few, into TensorBoard. In `validate` and `test` it measures many: prints a table, and writes
@@ -162,28 +187,12 @@ class Evaluate(Callback):
         test_samples: int = 10_000,
         seed: int = 0,
     ) -> None:
-        if min(every_n_epochs, every_n_steps) < 0 or min(samples, test_samples) < 2:
-            raise ValueError(
-                "Evaluate needs every_n_epochs and every_n_steps of at least 0, and samples and test_samples of at least 2"
-            )
-        self.every_n_epochs = every_n_epochs
-        self.every_n_steps = every_n_steps
+        super().__init__(every_n_epochs, every_n_steps)
+        if min(samples, test_samples) < 2:
+            raise ValueError("Evaluate needs samples and test_samples of at least 2")
         self.samples = samples
         self.test_samples = test_samples
         self.seed = seed
-        self._measured_at = -1
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Measure if it is a step for it."""
-        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
-            self.watch(trainer, cast(FlowMatching, pl_module))
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure if it is an epoch for it."""
-        if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self.watch(trainer, cast(FlowMatching, pl_module))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure in `validate`."""
@@ -194,11 +203,8 @@ class Evaluate(Callback):
         """Measure in `test`."""
         self.judge(trainer, cast(FlowMatching, pl_module), "test")
 
-    def watch(self, trainer: Trainer, module: FlowMatching) -> None:
+    def act(self, trainer: Trainer, module: FlowMatching) -> None:
         """Measure a few samples beside the validation data, log the figures and print the most telling."""
-        if trainer.global_step == self._measured_at:
-            return
-        self._measured_at = trainer.global_step
         samples = self.draw(trainer, module, self.samples)
         if not trainer.is_global_zero:
             return
@@ -229,7 +235,7 @@ class Evaluate(Callback):
             f"{table(figures)}\n{f'loss/{split}':36}{loss:10.4f}"
         )
         report = checkpoint.with_name("metrics.json")
-        write_json(
+        save_json(
             report,
             {
                 "checkpoint": checkpoint.name,
@@ -269,11 +275,7 @@ class Evaluate(Callback):
         )
         if progress and task is not None:
             progress.remove_task(task)
-        shares: list[Any] = [(share.values, share.evaluations)]
-        if ranks > 1:
-            shares = [None] * ranks
-            torch.distributed.all_gather_object(shares, (share.values, share.evaluations))
-        values, evaluations = zip(*shares, strict=True)
+        values, evaluations = zip(*gather(trainer, (share.values, share.evaluations)), strict=True)
         return Samples(interleave(values), labels, max(evaluations))
 
 
@@ -339,10 +341,7 @@ class WriteSamples(BasePredictionWriter):
 
     def write_on_epoch_end(self, trainer: Trainer, pl_module: LightningModule, predictions: Any, batch_indices: Any) -> None:
         """Gather the shares of all processes, and write them in the order of the data."""
-        shares: list[Any] = [predictions]
-        if trainer.world_size > 1:
-            shares = [None] * trainer.world_size
-            torch.distributed.all_gather_object(shares, predictions)
+        shares = gather(trainer, predictions)
         folder = Path(trainer.log_dir or ".")  # asked by all processes, since they agree on it together
         if not trainer.is_global_zero:
             return
@@ -355,6 +354,15 @@ class WriteSamples(BasePredictionWriter):
             written.append(folder / f"predictions-{name}.png")
             save_png(picture, written[-1])
         print(f"wrote {len(values)} samples: {', '.join(map(str, written))}")
+
+
+def gather(trainer: Trainer, share: Any) -> list[Any]:
+    """The shares of all processes in the order of their ranks, in every process."""
+    shares: list[Any] = [share]
+    if trainer.world_size > 1:
+        shares = [None] * trainer.world_size
+        torch.distributed.all_gather_object(shares, share)
+    return shares
 
 
 def interleave(shares: Sequence[Tensor]) -> Tensor:

@@ -258,7 +258,8 @@ class MNISTDataModule(PairsDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the splits that the stage needs into memory."""
-        if "train" not in self.splits:  # also to test: samples are measured beside what was trained on
+        # Also to test, since samples are measured beside what was trained on; not to predict.
+        if stage != "predict" and "train" not in self.splits:
             images, labels = mnist.load(self.data_dir, "train")
             # The same digits are held out in every run, whatever its seed: validation losses can be compared.
             order = torch.randperm(len(images), generator=streams.generator("cpu", "validation split"))
@@ -282,8 +283,7 @@ class MNISTDataModule(PairsDataModule):
 
     def scale(self, data: Tensor, u: Tensor | None = None) -> Tensor:
         """Grey levels (B, 28, 28), at the middle of their cells or at u, as images (B, 1, 28, 28), mostly in [-1, 1]."""
-        u = torch.full(data.shape, 0.5, device=data.device) if u is None else u
-        return PIXELS[self.pixels].forward(data, u)[:, None]
+        return PIXELS[self.pixels].forward(data, 0.5 if u is None else u)[:, None]
 
     def finish(self, x: Tensor) -> Tensor:
         """Images (B, 1, 28, 28) as bytes (B, 28, 28)."""

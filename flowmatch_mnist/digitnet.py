@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from flowmatch_mnist import mnist
 from flowmatch_mnist.errors import UserError, exit_on_error
-from flowmatch_mnist.pictures import from_uint8, replacing
+from flowmatch_mnist.pictures import replacing
+from flowmatch_mnist.pixels import PIXELS
 
 WEIGHTS = Path(__file__).with_name("digitnet.safetensors")
 
@@ -56,7 +57,7 @@ class DigitNet(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """The penultimate features: images uint8 (B, 28, 28) -> float32 (B, num_features)."""
-        return self._look(from_uint8(images[:, None]))
+        return self._look(PIXELS["linear"].forward(images[:, None]))
 
     def _look(self, x: Tensor) -> Tensor:
         features: Tensor = self.body(x)
@@ -109,7 +110,7 @@ def distort(images: Tensor, generator: torch.Generator) -> Tensor:
     rows = [torch.stack([cos, shear * cos - sin, throw(0.12)], 1), torch.stack([sin, shear * sin + cos, throw(0.12)], 1)]
     places = F.affine_grid(torch.stack(rows, 1), [len(images), 1, 28, 28], align_corners=False)
     # Outside an image is zero, so black is made zero for the while.
-    return F.grid_sample(from_uint8(images[:, None]) + 1, places, align_corners=False) - 1
+    return F.grid_sample(PIXELS["linear"].forward(images[:, None]) + 1, places, align_corners=False) - 1
 
 
 def train(images: Tensor, labels: Tensor, epochs: int, seed: int, batch_size: int = 100) -> DigitNet:

@@ -60,6 +60,11 @@ class Sampler:
         if not 0 <= start <= end <= 1:
             raise ValueError(f"the interval of guidance must rise within [0, 1], got {start} to {end}")
 
+    @property
+    def reversible(self) -> bool:
+        """Whether it goes back from data to noise too."""
+        return not self.churn and self.solver != "dpmpp_2m"
+
     def description(self) -> str:
         """Solver, steps and what else is not at its default, in words."""
         words = [self.solver, f"{self.steps} step{'s' * (self.steps > 1)}", f"guidance {self.guidance:g}"]
@@ -110,7 +115,7 @@ class Flow:
         """
         times = time_grid(sampler.steps, sampler.spacing, PATHS[self.path])
         if backwards:
-            if sampler.churn or sampler.solver == "dpmpp_2m":
+            if not sampler.reversible:
                 raise ValueError(
                     f"{sampler.description()} goes from noise to data only; going back needs another solver, or churn 0"
                 )
@@ -180,6 +185,25 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[Flow, Sampler]
     # Channels last, convolutions are faster by half, on processors too.
     net.to(memory_format=torch.channels_last)
     return Flow(net.to(device).eval(), held["path"], held["prediction"], held["pixels"]), sampler
+
+
+def load_digits(path: Path | None, device: str) -> tuple[Path, Flow, Sampler]:
+    """What `load` gives of a checkpoint that draws digits, and its path: the newest run's last, if it is None.
+
+    Raises:
+        UserError: as `load` does, and if there is no such device, or the model draws something else.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"no device {device!r} here; use --device cpu") from error
+    checkpoint = path or newest_checkpoint()
+    flow, sampler = load(checkpoint, device)
+    if flow.net.shape != (1, 28, 28) or flow.net.no_label != 10:
+        raise UserError(
+            f"{checkpoint} draws no digits (its samples have shape {flow.net.shape}); name another with --checkpoint"
+        )
+    return checkpoint, flow, sampler
 
 
 def draw_noise(count: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -149,7 +149,7 @@ def log_likelihood(
         ValueError: if the sampler has churn, or a solver that needs times that rise.
         FloatingPointError: if a state is not finite.
     """
-    if sampler.churn or sampler.solver == "dpmpp_2m":
+    if not sampler.reversible:
         raise ValueError(f"{sampler.description()} has no likelihood; choose another solver, and churn 0")
     net, path = flow.net, PATHS[flow.path]
     device = next(net.parameters()).device

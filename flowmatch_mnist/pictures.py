@@ -18,11 +18,6 @@ BORDER = 1
 """Pixels of grey around each digit of a grid, before scaling."""
 
 
-def from_uint8(images: Tensor) -> Tensor:
-    """Grey levels 0 to 255 as values in [-1, 1], any shape."""
-    return images.float() / 127.5 - 1
-
-
 def grid(images: Tensor, columns: int, scale: int = 4) -> Tensor:
     """Lay images in rows of `columns`: uint8 (N, H, W) -> uint8 (rows (H+2) scale, columns (W+2) scale).
 
@@ -79,7 +74,7 @@ def save_npz(path: Path, **arrays: Tensor) -> None:
         np.savez_compressed(temporary, **contents)
 
 
-def write_json(path: Path, contents: dict[str, Any]) -> None:
+def save_json(path: Path, contents: dict[str, Any]) -> None:
     """Write plain values as JSON."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(contents, indent=1, ensure_ascii=False) + "\n")

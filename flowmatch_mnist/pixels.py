@@ -30,8 +30,8 @@ class Pixels:
     All take levels uint8 and noise float in [0, 1) of one shape, and compute in the type of the noise.
     """
 
-    def forward(self, levels: Tensor, u: Tensor) -> Tensor:
-        """The x1 of each pixel: (...) -> (...)."""
+    def forward(self, levels: Tensor, u: Tensor | float = 0.5) -> Tensor:
+        """The x1 of each pixel, by default of the middle of its cell: (...) -> (...)."""
         raise NotImplementedError
 
     def inverse(self, x: Tensor) -> Tensor:
@@ -47,9 +47,9 @@ class Pixels:
 
 
 class LinearPixels(Pixels):
-    """x1 = (v + u - 1/2) / 127.5 - 1: at u = 1/2, `pictures.from_uint8`."""
+    """x1 = (v + u - 1/2) / 127.5 - 1: from -1 to 1 at u = 1/2."""
 
-    def forward(self, levels: Tensor, u: Tensor) -> Tensor:
+    def forward(self, levels: Tensor, u: Tensor | float = 0.5) -> Tensor:
         return (levels + u - 0.5) / 127.5 - 1
 
     def log_slope(self, levels: Tensor, u: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class LogitPixels(Pixels):
     alpha: float = 1e-6
     scale: float = 6.5
 
-    def forward(self, levels: Tensor, u: Tensor) -> Tensor:
+    def forward(self, levels: Tensor, u: Tensor | float = 0.5) -> Tensor:
         p, q = self._shares(levels, u)
         return (p.log() - q.log()) / self.scale
 
@@ -84,7 +84,7 @@ class LogitPixels(Pixels):
         slope = (1 - 2 * self.alpha) / (256 * self.scale * p * q)
         return slope.log().flatten(1).sum(1)
 
-    def _shares(self, levels: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    def _shares(self, levels: Tensor, u: Tensor | float) -> tuple[Tensor, Tensor]:
         """The p and 1 - p, neither as a difference from 1, of which little would be left."""
         width = (1 - 2 * self.alpha) / 256
         return self.alpha + width * (levels + u), self.alpha + width * ((255 - levels) + (1 - u))

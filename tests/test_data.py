@@ -63,6 +63,8 @@ def test_validation_is_held_out_of_train_and_its_noise_is_fixed(data_dir):
 
 def test_test_is_the_official_test_set(data_dir):
     data = MNISTDataModule(str(data_dir))
+    data.setup("predict")
+    assert not data.splits, "drawing needs no data"
     data.setup("test")
     batches = list(data.test_dataloader())
     assert torch.cat([y for _, y, _ in batches]).bincount().tolist()[:3] == [980, 1135, 1032]

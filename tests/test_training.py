@@ -66,8 +66,7 @@ class DrawTwice(DrawSamples):
             parameter += torch.randn_like(parameter)
 
     def picture(self, trainer, module):
-        self._drawn_at = -1
-        self.draw(trainer, module)
+        self.act(trainer, module)
         (path,) = (self.folder / "samples").glob("grid-*.png")
         with Image.open(path) as image:
             return image.copy()
