@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from flowmatch_mnist.errors import exit_on_error
-from flowmatch_mnist.pictures import replacing
+from flowmatch_mnist.files import replacing
 from flowmatch_mnist.weighting import WEIGHTINGS
 
 NAMES = {

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from flowmatch_mnist import streams
 from flowmatch_mnist.data import PairsDataModule
+from flowmatch_mnist.files import save_json
 from flowmatch_mnist.generate import Samples, draw_noise, generate
 from flowmatch_mnist.metrics import table
 from flowmatch_mnist.module import FlowMatching, is_logged
-from flowmatch_mnist.pictures import save_json, save_npz, save_png
+from flowmatch_mnist.pictures import save_npz, save_png
 
 
 class EMA(WeightAveraging):
@@ -71,6 +72,11 @@ def averaged(trainer: Trainer, module: FlowMatching) -> FlowMatching:
     return next((average for average in averages if average is not None), module)
 
 
+def last_step(trainer: Trainer) -> int:
+    """The number, from 0, of the last step that is done: where Lightning, too, puts what it logs."""
+    return trainer.global_step - 1
+
+
 class Periodic(Callback):
     """Does something in training every few epochs or optimizer steps, at most once in a step.
 
@@ -88,6 +94,14 @@ class Periodic(Callback):
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self._done_at = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """In which step it acted last, so that a run that goes on does not do it again."""
+        return {"done_at": self._done_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the step in which it acted last."""
+        self._done_at = state_dict["done_at"]
 
     def act(self, trainer: Trainer, module: FlowMatching) -> None:
         """Do it now, in every process."""
@@ -158,7 +172,7 @@ class DrawSamples(Periodic):
                 save_png(picture, self.folder / "samples" / f"{name}-{trainer.global_step:06d}.png")
             if isinstance(trainer.logger, TensorBoardLogger):
                 pixels = picture if picture.dim() == 3 else picture[..., None]
-                trainer.logger.experiment.add_image(f"samples/{name}", pixels, trainer.global_step, dataformats="HWC")
+                trainer.logger.experiment.add_image(f"samples/{name}", pixels, last_step(trainer), dataformats="HWC")
 
 
 class Evaluate(Periodic):
@@ -212,7 +226,7 @@ class Evaluate(Periodic):
         words = []
         for figure in data.measure(samples, "val", module.device):
             if isinstance(trainer.logger, TensorBoardLogger):
-                trainer.logger.experiment.add_scalar(figure.tag, figure.telling, trainer.global_step)
+                trainer.logger.experiment.add_scalar(figure.tag, figure.telling, last_step(trainer))
             if figure.main:
                 words.append(f"{figure.title} {figure.telling:.3f}")
         print(f"step {trainer.global_step}: {len(samples.labels)} samples, {', '.join(words[:4])}", flush=True)
@@ -288,9 +302,22 @@ class Report(Callback):
 
     def __init__(self) -> None:
         self._begun = 0.0
+        self._before = 0.0  # seconds of the parts that this run goes on from
         self._mark: float | None = None
         self._samples = 0
         self._rate = ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """How long the run has taken so far."""
+        return {"seconds": self._seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Count on from there."""
+        self._before = state_dict["seconds"]
+
+    @property
+    def _seconds(self) -> float:
+        return self._before + time.perf_counter() - self._begun
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock of the whole run."""
@@ -309,7 +336,7 @@ class Report(Callback):
         self._samples += len(batch[-1]) * trainer.world_size
         if trainer.global_step == 1:
             self._mark = None
-        elif is_logged(trainer):
+        elif is_logged(trainer, trainer.global_step):
             rate = self._samples / (time.perf_counter() - self._mark)
             pl_module.log("speed/samples_per_second", rate)
             self._rate = f"{rate:.0f} samples/s, "
@@ -324,7 +351,7 @@ class Report(Callback):
         if not trainer.is_global_zero or trainer.sanity_checking or not self._begun:
             return
         metrics = trainer.callback_metrics
-        minutes, seconds = divmod(round(time.perf_counter() - self._begun), 60)
+        minutes, seconds = divmod(round(self._seconds), 60)
         print(
             f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}: "
             f"train loss {metrics['loss/train']:.4f}, val loss {metrics['loss/val']:.4f}, "

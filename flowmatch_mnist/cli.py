@@ -18,9 +18,11 @@ import flowmatch_mnist.toy  # noqa: F401  so that a config or an option can name
 from flowmatch_mnist.callbacks import EMA, DrawSamples, Evaluate, Report, WriteSamples
 from flowmatch_mnist.data import PairsDataModule
 from flowmatch_mnist.errors import UserError, exit_on_error, one_line
+from flowmatch_mnist.files import replacing
 from flowmatch_mnist.generate import KEY, newest_checkpoint, read_checkpoint
 from flowmatch_mnist.module import FlowMatching
 from flowmatch_mnist.network import Network
+from flowmatch_mnist.saving import CheckpointFiles, SaveLast
 from flowmatch_mnist.times import TimeDensity
 
 RUNS = Path("runs")
@@ -61,7 +63,16 @@ def plain(message: object) -> str:
 class LogConfig(SaveConfigCallback):
     """Keeps the resolved config beside the checkpoints, and shows it in TensorBoard's text tab."""
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Learn the run's folder, which the processes agree on together."""
+        self.folder = trainer.log_dir
+        super().setup(trainer, pl_module, stage)
+
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it. Lightning calls this in one process."""
+        if self.folder:
+            with replacing(Path(self.folder) / "config.yaml") as temporary:
+                self.parser.save(self.config, temporary, skip_none=False, overwrite=True, multifile=False)
         if isinstance(trainer.logger, TensorBoardLogger):
             text = self.parser.dump(self.config, skip_none=False)
             trainer.logger.experiment.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()))
@@ -137,12 +148,12 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(DrawSamples, "sampling")
         parser.add_lightning_class_args(Evaluate, "evaluation")
+        parser.add_lightning_class_args(SaveLast, "saving")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
             {
                 "checkpoint.monitor": "loss/val",
                 "checkpoint.filename": "best",
-                "checkpoint.save_last": True,
                 "checkpoint.enable_version_counter": False,
             }
         )
@@ -162,7 +173,8 @@ class CLI(LightningCLI):
             raise UserError(f"{self.subcommand} needs a trained model; name it with --ckpt_path (a file, or last, or best)")
         if config.ckpt_path is not None:
             checkpoint = find_checkpoint(config.ckpt_path, config.name)
-            self.held = read_checkpoint(checkpoint)[KEY]
+            held = read_checkpoint(checkpoint)
+            self.held, self.held_step = held[KEY], held.get("global_step")
             if self.subcommand != "fit" or config.ckpt_path in ("last", "best"):
                 self.folder = run_folder(checkpoint)
             config.ckpt_path = str(checkpoint)
@@ -185,15 +197,19 @@ class CLI(LightningCLI):
         if settings.enable_progress_bar is not False:
             callbacks.append(RichProgressBar())
         self.trainer_defaults["callbacks"] = callbacks
+        kwargs["plugins"] = [CheckpointFiles(), *(settings.plugins or [])]
         if settings.logger in (None, True):
             save_dir, name, version = RUNS, self._get(self.config, "name"), None
+            # What a killed run logged after its last checkpoint is logged again: the first time shall not be seen.
+            purge: dict[str, Any] = {}
             if self.folder is not None:
                 save_dir, name, version = (
                     self.folder.parent.parent,
                     self.folder.parent.name,
                     int(self.folder.name.removeprefix("version_")),
                 )
-            kwargs["logger"] = TensorBoardLogger(save_dir, name, version, default_hp_metric=False)
+                purge = {"purge_step": self.held_step} if self.subcommand == "fit" else {}
+            kwargs["logger"] = TensorBoardLogger(save_dir, name, version, default_hp_metric=False, **purge)
         return super().instantiate_trainer(**kwargs)
 
     def after_instantiate_classes(self) -> None:
@@ -248,7 +264,7 @@ def main() -> None:
                 subclass_mode_data=True,
                 parser_class=Parser,
                 save_config_callback=LogConfig,
-                save_config_kwargs={"overwrite": True},
+                save_config_kwargs={"save_to_log_dir": False},
                 seed_everything_default=0,
                 trainer_defaults={"enable_model_summary": False, "num_sanity_val_steps": 0},
                 auto_configure_optimizers=False,

@@ -1,6 +1,7 @@
 """The data modules: real digits out of memory, and with them, for each batch, the noise they are paired with."""
 
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -8,9 +9,11 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from flowmatch_mnist import mnist, streams
 from flowmatch_mnist.couplings import COUPLINGS, CouplingName
+from flowmatch_mnist.errors import UserError
 from flowmatch_mnist.generate import Samples, draw_noise, to_images
 from flowmatch_mnist.metrics import Figure, Ruler
 from flowmatch_mnist.pictures import grid
@@ -18,6 +21,12 @@ from flowmatch_mnist.pixels import PIXELS, PixelsName, dequantization
 
 Pairs = tuple[Tensor, Tensor, Tensor]
 """(x0, x1, y): noise and data (B, *shape), labels int64 (B,)."""
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal, but workers are needed until the trainer has ended its step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Batches:
@@ -34,6 +43,7 @@ class Batches:
         seed: of the order; None keeps the order of the tensors.
         epoch: asked at the start of each pass.
         drop_last: whether to leave out a last batch that is not full.
+        num_workers: processes that cut the slices ahead of time; with 0 it is done when a batch is asked for.
     """
 
     def __init__(
@@ -45,6 +55,7 @@ class Batches:
         seed: int | None = None,
         epoch: Callable[[], int] = lambda: 0,
         drop_last: bool = False,
+        num_workers: int = 0,
     ) -> None:
         self.tensors = tensors
         self.batch_size = batch_size
@@ -53,8 +64,9 @@ class Batches:
         self.seed = seed
         self.epoch = epoch
         self.drop_last = drop_last
-        self._place = {"epoch": 0, "done": 0}
-        self._resume_at: dict[str, int] = {}
+        self.num_workers = num_workers
+        self._at = (0, 0)  # epoch, and batches of it that are done
+        self._resume_at: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         samples = len(self.tensors[0])
@@ -67,20 +79,49 @@ class Batches:
         if self.seed is not None:
             order = torch.randperm(samples, generator=streams.generator("cpu", self.seed, "order", epoch))
         # A run that was saved at the end of an epoch goes on with the next one, from its start.
-        first = self._resume_at["done"] if self._resume_at.get("epoch") == epoch else 0
-        self._resume_at = {}
-        for batch in range(first, len(self)):
-            mine = order[batch * self.batch_size : (batch + 1) * self.batch_size][self.rank :: self.world_size]
-            self._place = {"epoch": epoch, "done": batch + 1}
-            yield tuple(tensor[mine] for tensor in self.tensors)
+        first = self._resume_at[1] if self._resume_at and self._resume_at[0] == epoch else 0
+        self._resume_at = None
+        batches = range(first, len(self))
+        shares = [order[b * self.batch_size : (b + 1) * self.batch_size][self.rank :: self.world_size] for b in batches]
+        slices: Iterable[Sequence[Tensor]] = map(self.__getitem__, shares)
+        if self.num_workers:
+            slices = DataLoader(
+                self,  # type: ignore[arg-type]
+                batch_size=None,
+                sampler=shares,
+                num_workers=self.num_workers,
+                worker_init_fn=leave_signals_to_the_trainer,
+            )
+        # Counted as they are taken: what workers have ready does not count.
+        for batch, share in zip(batches, slices, strict=True):
+            self._at = (epoch, batch + 1)
+            yield tuple(share)
 
-    def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its batches are done."""
-        return self._place
+    def __getitem__(self, samples: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor[samples] for tensor in self.tensors)
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin the next pass where the saved one stood."""
-        self._resume_at = state
+    @property
+    def _whole(self) -> dict[str, int | None]:
+        return {"samples": len(self.tensors[0]), "global batch": self.batch_size, "seed": self.seed}
+
+    def state_dict(self) -> dict[str, int | None]:
+        """The epoch, how many of its batches are done, and what their order depends on."""
+        epoch, done = self._at
+        return {"epoch": epoch, "done": done, **self._whole}
+
+    def load_state_dict(self, state: dict[str, int | None]) -> None:
+        """Begin the next pass where the saved one stood.
+
+        Raises:
+            UserError: if the batches are not those of the saved pass, so that some samples would come twice and others never.
+        """
+        for what, here in self._whole.items():
+            if state.get(what) != here:
+                raise UserError(
+                    f"the run was trained with {what} {state.get(what)} and cannot go on with {what} {here}; set it as it was "
+                    "(the global batch is batch_size times the number of processes)"
+                )
+        self._resume_at = (int(state["epoch"] or 0), int(state["done"] or 0))
 
 
 class PairsDataModule(LightningDataModule):
@@ -93,8 +134,9 @@ class PairsDataModule(LightningDataModule):
         batch_size: training samples per step and process.
         eval_batch_size: samples per step of validation and test, shared between the processes.
         predict_per_class: how many samples of each class `predict` draws.
-        coupling: which noise of a batch is paired with which of its data; see `couplings`.
+        coupling: which noise of a batch (of each process's share) is paired with which of its data; see `couplings`.
         seed: of the noise and of the data order; the command line sets it from `seed_everything`.
+        num_workers: processes that cut training batches ahead of time; for data in memory, 0 is fastest.
 
     Attributes:
         shape: of one sample.
@@ -117,8 +159,11 @@ class PairsDataModule(LightningDataModule):
         predict_per_class: int,
         coupling: CouplingName = "independent",
         seed: int = 0,
+        num_workers: int = 0,
     ) -> None:
         super().__init__()
+        if num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
         if min(batch_size, eval_batch_size, predict_per_class) < 1:
             raise ValueError(
                 "batch sizes and predict_per_class must be at least 1, got "
@@ -129,6 +174,7 @@ class PairsDataModule(LightningDataModule):
         self.predict_per_class = predict_per_class
         self.couple = COUPLINGS[coupling]
         self.seed = seed
+        self.num_workers = num_workers
         self.splits: dict[str, tuple[Tensor, ...]] = {}
         self._untrained_batches = count()
 
@@ -163,6 +209,7 @@ class PairsDataModule(LightningDataModule):
             seed=self.seed,
             epoch=lambda: self.trainer.current_epoch if self.trainer else 0,
             drop_last=True,
+            num_workers=self.num_workers,
         )
 
     def val_dataloader(self) -> Batches:
@@ -182,22 +229,18 @@ class PairsDataModule(LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """On the batch's device: scale the data and pair it with noise.
 
-        A training batch gets noise of its own, a function of (seed, step, rank); an evaluation batch brings its fixed noise.
+        A training batch gets noise of its own, a function of (seed, step) and of the places of its samples in the global batch;
+        an evaluation batch brings its fixed noise.
         """
         if self.trainer is not None and self.trainer.predicting:
             return batch
         data, y, *fixed = batch
         if fixed:
             return fixed[0], self.scale(data, *fixed[1:]), y
-        step = streams.step(self.trainer) if self.trainer else next(self._untrained_batches)
-        place = (step, self._place[0])
-        u = None
-        if self.dequantize:
-            generator = streams.generator(data.device, self.seed, "dequantization", *place)
-            u = torch.rand(data.shape, generator=generator, device=data.device)
+        place = streams.place(self.trainer) if self.trainer else streams.Place(next(self._untrained_batches))
+        u = place.uniform(data.shape, data.device, self.seed, "dequantization") if self.dequantize else None
         x1 = self.scale(data, u)
-        x0 = torch.randn(x1.shape, generator=streams.generator(x1.device, self.seed, "noise", *place), device=x1.device)
-        return self.couple(x0, x1, y), x1, y
+        return self.couple(place.normal(x1.shape, x1.device, self.seed, "noise"), x1, y), x1, y
 
     @property
     def _place(self) -> tuple[int, int]:
@@ -218,11 +261,12 @@ class MNISTDataModule(PairsDataModule):
         val_size: how many training images are held out for validation, 1 to 59,999.
         eval_batch_size: images per step of validation and test, shared between the processes.
         predict_per_class: how many digits of each class `predict` draws.
-        coupling: which noise of a batch is paired with which of its digits; see `couplings`.
+        coupling: which noise of a batch (of each process's share) is paired with which of its digits; see `couplings`.
         pixels: the scale of the grey levels: linear, from -1 to 1, or logit.
         dequantize: whether each level gets noise as wide as the level, afresh in each batch, so that digits have a density;
             likelihoods need it.
         seed: of the noise and of the data order; the command line sets it from `seed_everything`.
+        num_workers: processes that cut training batches ahead of time; for data in memory, 0 is fastest.
 
     Raises:
         ValueError: if a size is out of its range.
@@ -242,8 +286,9 @@ class MNISTDataModule(PairsDataModule):
         pixels: PixelsName = "linear",
         dequantize: bool = False,
         seed: int = 0,
+        num_workers: int = 0,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, predict_per_class, coupling, seed)
+        super().__init__(batch_size, eval_batch_size, predict_per_class, coupling, seed, num_workers)
         self.pixels = pixels
         self.dequantize = dequantize
         if not 1 <= val_size <= 60_000 - batch_size:

@@ -13,13 +13,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from rich.progress import track
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flowmatch_mnist import mnist
 from flowmatch_mnist.errors import UserError, exit_on_error
-from flowmatch_mnist.pictures import replacing
+from flowmatch_mnist.files import load_weights, save_weights
 from flowmatch_mnist.pixels import PIXELS
 
 WEIGHTS = Path(__file__).with_name("digitnet.safetensors")
@@ -76,20 +74,13 @@ def digitnet() -> DigitNet:
     """
     net = DigitNet()
     try:
-        net.load_state_dict(load_file(WEIGHTS))
-    except (OSError, RuntimeError, SafetensorError) as error:
+        net.load_state_dict(load_weights(WEIGHTS)[0])
+    except (UserError, RuntimeError) as error:
         raise UserError(
             f"cannot read {WEIGHTS}: it is missing or damaged; install the package again, or train the classifier "
             "with `python -m flowmatch_mnist.digitnet`"
         ) from error
     return net.eval().requires_grad_(False)
-
-
-def metadata() -> dict[str, str]:
-    """What the file in the package says of its weights: the command that made them, seed, accuracy and versions."""
-    with safe_open(WEIGHTS, framework="pt") as file:
-        held: dict[str, str] = file.metadata()
-    return held
 
 
 @torch.inference_mode()
@@ -148,9 +139,7 @@ def main() -> None:
         "test_accuracy": f"{measured:.4f}",
         "versions": json.dumps({"torch": torch.__version__}),
     }
-    weights = {name: value.contiguous() for name, value in net.state_dict().items()}
-    with replacing(options.out) as temporary:
-        save_file(weights, temporary, said)
+    save_weights(options.out, net.state_dict(), said)
     print(f"{measured:.2%} of the 10,000 test images read right; wrote {options.out}")
 
 

@@ -22,6 +22,11 @@ def exit_on_error() -> Iterator[None]:
     """
     try:
         yield
+    except SystemExit as ended:
+        if isinstance(ended.__context__, KeyboardInterrupt):  # what Lightning makes of one ends with status 1
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
+        raise
     except (UserError, FloatingPointError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -1,5 +1,6 @@
 """From saved weights to digits by label. `sample.py` and the training's callbacks both call this."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 from flowmatch_mnist import streams
 from flowmatch_mnist.convert import PREDICTIONS, Prediction, StraightVelocity
 from flowmatch_mnist.errors import UserError, one_line
+from flowmatch_mnist.files import damage, load_checkpoint
 from flowmatch_mnist.guidance import Guided
 from flowmatch_mnist.mlp import MLP
 from flowmatch_mnist.network import Network
@@ -20,6 +22,8 @@ from flowmatch_mnist.paths import PATHS, PathName
 from flowmatch_mnist.pixels import PIXELS, PixelsName
 from flowmatch_mnist.solvers import Draw, Spacing, check_solver, time_grid, trajectory
 from flowmatch_mnist.unet import UNet
+
+log = logging.getLogger(__name__)
 
 KEY = "flowmatch_mnist"
 """Where in a checkpoint the description of its network stands."""
@@ -136,15 +140,23 @@ class Flow:
 
 
 def newest_checkpoint(runs: Path = Path("runs"), name: str = "*", file: str = "last.ckpt") -> Path:
-    """The checkpoint called `file` that was written most recently, of the runs called `name` (any, by default).
+    """The whole checkpoint called `file` that was written most recently, of the runs called `name` (any, by default).
+
+    One that is damaged is named, and gives way to its run's `best.ckpt`, then to the next newest.
 
     Raises:
         UserError: if there is none.
     """
     found = [path for path in runs.glob(f"{name}/version_*/checkpoints/{file}") if path.is_file()]
-    if not found:
-        raise UserError(f"no {file} of a run below {runs}/{name}; train a model with `python train.py`, or name a checkpoint")
-    return max(found, key=lambda path: path.stat().st_mtime)
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        for candidate in dict.fromkeys([path, path.with_name("best.ckpt")]):
+            if not (wrong := damage(candidate)):
+                return candidate
+            log.warning("passing over %s: %s", candidate, wrong)
+    raise UserError(
+        f"no {'whole ' * bool(found)}{file} of a run below {runs}/{name}; train a model with `python train.py`, or name a "
+        "checkpoint"
+    )
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -155,11 +167,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}; check the path, or train one with `python train.py`")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the damaged bytes happen to lead to
-        raise UserError(f"cannot read {path}: it is damaged, or no checkpoint of this project; use another") from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(KEY), dict) or "state_dict" not in checkpoint:
+    checkpoint = load_checkpoint(path)
+    if not isinstance(checkpoint.get(KEY), dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(f"{path} is no checkpoint of this project; use one that train.py wrote")
     return checkpoint
 

@@ -10,10 +10,9 @@ from torch import Tensor
 from flowmatch_mnist.network import Network
 
 
-def drop_labels(y: Tensor, probability: float, no_label: int, generator: torch.Generator) -> Tensor:
-    """Replace each label, by its own throw of the dice, by `no_label`: y (B,) -> (B,)."""
-    dropped = torch.rand(y.shape, generator=generator, device=generator.device) < probability
-    return y.masked_fill(dropped, no_label)
+def drop_labels(y: Tensor, probability: float, no_label: int, u: Tensor) -> Tensor:
+    """Replace each label, by its own throw of the dice u in [0, 1), by `no_label`: y (B,), u (B,) -> (B,)."""
+    return y.masked_fill(u < probability, no_label)
 
 
 class Guided:

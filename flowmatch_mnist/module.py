@@ -36,10 +36,48 @@ def learning_rate_factor(step: int, warmup_steps: int, total_steps: int, decay: 
     return {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}[decay]
 
 
-def is_logged(trainer: Trainer) -> bool:
-    """Whether the logger takes in what this step logs."""
+def is_logged(trainer: Trainer, step: int) -> bool:
+    """Whether the logger takes in what optimizer step number `step`, counted from 1, logs."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return trainer.global_step % every == 0
+    return step % every == 0
+
+
+class Reading:
+    """What a step saw, on its way from the device to the host."""
+
+    def __init__(self, step: int, norm: Tensor, loss: Tensor) -> None:
+        self.step = step
+        both = torch.stack([norm.detach().float(), loss.float()])
+        on_gpu = both.device.type == "cuda"
+        self._values = torch.empty(2, pin_memory=on_gpu).copy_(both, non_blocking=on_gpu)
+        self._copied = torch.cuda.Event() if on_gpu else None
+        if self._copied is not None:
+            self._copied.record()
+
+    @property
+    def values(self) -> tuple[float, float]:
+        """Norm of the gradients, and loss."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        norm, loss = self._values.tolist()
+        return norm, loss
+
+    @property
+    def finite(self) -> bool:
+        """Whether the gradients were: they are not if the loss is not."""
+        return math.isfinite(self.values[0])
+
+    def check(self) -> None:
+        """Raise FloatingPointError, with what was seen, if the gradients were not finite."""
+        if not self.finite:
+            raise FloatingPointError(
+                f"{self}; the newest checkpoint is from before it: go on from there with --ckpt_path last and a lower "
+                "--model.optimizer.lr, or leave out such steps with --model.on_non_finite skip"
+            )
+
+    def __str__(self) -> str:
+        norm, loss = self.values
+        return f"step {self.step} is not finite: loss {loss:g}, norm of the gradients {norm:g}"
 
 
 class FlowMatching(LightningModule):
@@ -59,7 +97,8 @@ class FlowMatching(LightningModule):
         sampler: how digits are drawn: by the callbacks, and by `predict`.
         compile: whether training steps run through `torch.compile`. It takes a minute or so, and pays in longer runs.
         channels_last: whether images and weights are laid out channels last, which suits GPUs and compiled code.
-        seed: of times and label dropout; the command line sets it from `seed_everything`.
+        on_non_finite: what to do in a step whose gradients are not all finite: "stop" the run, or "skip" the step.
+        seed: of times, label dropout and the network's own dropout; the command line sets it from `seed_everything`.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -79,6 +118,7 @@ class FlowMatching(LightningModule):
         sampler: Sampler | None = None,
         compile: bool = False,
         channels_last: bool = False,
+        on_non_finite: Literal["stop", "skip"] = "stop",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -97,7 +137,9 @@ class FlowMatching(LightningModule):
         self.decay: Decay = decay
         self.sampler = sampler or Sampler()
         self.compiles = compile
+        self.on_non_finite = on_non_finite
         self.seed = seed
+        self._unread: Reading | None = None
 
     @property
     def flow(self) -> Flow:
@@ -120,24 +162,53 @@ class FlowMatching(LightningModule):
     def training_step(self, batch: Pairs, batch_idx: int) -> Tensor:
         """Draw the times, drop some labels, and return the mean loss of the batch."""
         x0, x1, y = batch
-        place = (streams.step(self.trainer), self.global_rank)
-        t = self.times.sample(len(y), streams.generator(self.device, self.seed, "times", *place))
-        labels = drop_labels(
-            y, self.label_dropout, self.net.no_label, streams.generator(self.device, self.seed, "labels", *place)
-        )
+        place = streams.place(self.trainer)
+        t = place.draw(self.times.sample, len(y), self.device, self.seed, "times")
+        u = place.uniform(y.shape, self.device, self.seed, "labels")
+        labels = drop_labels(y, self.label_dropout, self.net.no_label, u)
+        # What the network draws itself, for dropout, comes from PyTorch's own generators.
+        torch.manual_seed(streams.seed(self.seed, "network", place.step, place.rank))
         losses = self.loss(x0, x1, labels, t)
         if self.weighting is not None:
             losses = losses * loss_weight(self.weighting, self.prediction, PATHS[self.path], self.times, t)
         loss = losses.mean()
+        self._loss = loss.detach()
         self.log("loss/train", loss, prog_bar=True)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the learning rate and the norm of the gradients before clipping, in the steps that are logged at all."""
-        if is_logged(self.trainer):
-            gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            self.log("optimizer/gradient_norm", torch.nn.utils.get_total_norm(gradients))
+        """Look at the norm of the gradients, before clipping, and log it and the learning rate.
+
+        Raises:
+            FloatingPointError: if it is not finite in this step (on a GPU: in the one before), and the run is to stop.
+        """
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        step = self.trainer.global_step + 1
+        if is_logged(self.trainer, step):
+            self.log("optimizer/gradient_norm", norm)
             self.log("optimizer/learning_rate", optimizer.param_groups[0]["lr"])
+        reading = Reading(step, norm, self._loss)
+        if self.on_non_finite == "skip":
+            if not reading.finite:
+                print(f"{reading}; skipped", flush=True)
+                for p in self.parameters():
+                    p.grad = None  # an optimizer leaves alone what has no gradient
+        elif norm.device.type == "cpu":
+            reading.check()
+        else:
+            # To read it now, the GPU would have to be waited for. The one before is there by now.
+            self.check_finite()
+            self._unread = reading
+
+    def check_finite(self) -> None:
+        """See to it that all steps so far were finite: to be called before their weights are kept.
+
+        Raises:
+            FloatingPointError: if one was not.
+        """
+        reading, self._unread = self._unread, None
+        if reading is not None:
+            reading.check()
 
     def validation_step(self, batch: Pairs, batch_idx: int) -> None:
         """Log the loss on fixed noise and times, over all t and by intervals of t."""
@@ -149,6 +220,8 @@ class FlowMatching(LightningModule):
 
     def _evaluate(self, batch: Pairs, batch_idx: int, split: str) -> None:
         x0, x1, y = batch
+        if not len(y):
+            return  # the last of the global batches may be too small to give every process a sample
         # The places of this process's share in the global batch, see data.Batches.
         positions = torch.arange(len(y), device=self.device) * self.trainer.world_size + self.global_rank
         t = fixed_times(batch_idx, positions)

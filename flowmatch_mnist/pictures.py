@@ -1,9 +1,5 @@
-"""Digits on disk: grids, strips and animations, each written whole or not at all."""
+"""Digits to look at and to keep: grids, animations and arrays."""
 
-import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from flowmatch_mnist.errors import UserError
+from flowmatch_mnist.files import replacing
 
 BORDER = 1
 """Pixels of grey around each digit of a grid, before scaling."""
@@ -29,28 +25,6 @@ def grid(images: Tensor, columns: int, scale: int = 4) -> Tensor:
     height, width = cells.shape[1:]
     sheet = cells.view(rows, columns, height, width).transpose(1, 2).reshape(rows * height, columns * width)
     return sheet.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; it takes the place of `path` once the block ends without an error.
-
-    Folders on the way are made.
-
-    Raises:
-        UserError: if the folder cannot be made or written to.
-    """
-    # The ending stays, since the writers choose their format by it.
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
-    finally:
-        if temporary.is_file():
-            temporary.unlink()
 
 
 def save_png(sheet: Tensor, path: Path) -> None:
@@ -72,9 +46,3 @@ def save_npz(path: Path, **arrays: Tensor) -> None:
     contents: dict[str, Any] = {name: array.numpy() for name, array in arrays.items()}
     with replacing(path) as temporary:
         np.savez_compressed(temporary, **contents)
-
-
-def save_json(path: Path, contents: dict[str, Any]) -> None:
-    """Write plain values as JSON."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(contents, indent=1, ensure_ascii=False) + "\n")

@@ -1,32 +1,74 @@
 """Randomness as a pure function of a key.
 
 Each kind of draw (noise, times, label dropout, data order) has a stream of its own, named by a key such as
-`(seed, "noise", step, rank)`. Nothing depends on how often, or in which process, something else was drawn: a run that was
-killed and resumed sees what the uninterrupted one would have, and ranks that share a seed still differ.
+`(seed, "noise", step)`. Nothing depends on how often, or in which process, something else was drawn: a run that was killed and
+resumed sees what the uninterrupted one would have, and several processes see together what one would see alone.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
+def seed(*key: int | str) -> int:
+    """A 63-bit hash of the key."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
+
+
 def generator(device: torch.device | str, *key: int | str) -> torch.Generator:
-    """A generator on `device` whose seed is a 63-bit hash of the key."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    """A generator on `device` whose seed is the hash of the key."""
+    return torch.Generator(device).manual_seed(seed(*key))
 
 
-def step(trainer: Trainer) -> int:
-    """How many training batches this run has finished, resumed parts included.
+@dataclass(frozen=True)
+class Place:
+    """Where in a run a training batch belongs.
 
-    With gradient accumulation this counts batches where `trainer.global_step` counts optimizer steps, so that no two batches
-    share a key. It is the same from the batch's transfer to the end of its training step.
+    Attributes:
+        step: how many batches went before.
+        rank, ranks: which share of the global batch is this process's: every ranks-th sample, from the rank-th on.
+    """
+
+    step: int
+    rank: int = 0
+    ranks: int = 1
+
+    def draw(self, draw: Callable[[int, torch.Generator], Tensor], count: int, device: torch.device, *key: int | str) -> Tensor:
+        """This process's share, (count, ...), of what is drawn for the whole global batch from the stream (*key, step).
+
+        To draw the whole in every process costs little, and makes a step the same for any number of processes.
+
+        Args:
+            draw: makes so many draws from a generator, along the first dimension.
+            count: samples of the share, equally many in all processes.
+            device: of the generator.
+            key: of the stream.
+        """
+        return draw(count * self.ranks, generator(device, *key, self.step))[self.rank :: self.ranks]
+
+    def normal(self, shape: Sequence[int], device: torch.device, *key: int | str) -> Tensor:
+        """This process's share, float32 of this shape, of standard normal noise from the stream."""
+        return self.draw(lambda n, g: torch.randn(n, *shape[1:], generator=g, device=device), shape[0], device, *key)
+
+    def uniform(self, shape: Sequence[int], device: torch.device, *key: int | str) -> Tensor:
+        """This process's share, float32 of this shape, of uniform numbers in [0, 1) from the stream."""
+        return self.draw(lambda n, g: torch.rand(n, *shape[1:], generator=g, device=device), shape[0], device, *key)
+
+
+def place(trainer: Trainer) -> Place:
+    """The place of the batch that the trainer is at, the same from its transfer to the device to the end of its step.
+
+    With gradient accumulation it counts batches where `trainer.global_step` counts optimizer steps, so that no two batches
+    share a key.
     """
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress
-    return progress.total.processed
+    return Place(progress.total.processed, trainer.global_rank, trainer.world_size)

@@ -8,6 +8,7 @@ from conftest import ROOT
 
 ROOMS = [
     "errors",
+    "files",
     "streams",
     "paths",
     "times",
@@ -30,6 +31,7 @@ ROOMS = [
     "data",
     "toy",
     "module",
+    "saving",
     "callbacks",
     "cli",
 ]

@@ -12,8 +12,9 @@ from PIL import Image
 
 from flowmatch_mnist import mnist
 from flowmatch_mnist.errors import UserError
+from flowmatch_mnist.files import replacing
 from flowmatch_mnist.generate import Flow, Sampler, generate, load, newest_checkpoint
-from flowmatch_mnist.pictures import grid, replacing
+from flowmatch_mnist.pictures import grid
 
 CHECKPOINT = "runs/tiny/version_0/checkpoints/last.ckpt"
 

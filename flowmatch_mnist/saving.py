@@ -1,0 +1,178 @@
+"""A run that is stopped at any instant, and goes on, ends where it would have ended: what is kept, and when.
+
+Data order, noise, times and dropout are functions of the seed and of the place in the run (see `streams`), so a checkpoint
+needs no random state: weights, optimizer, schedule, averages and counters are all there is. What is left to this room is to
+write it whole, at the end of a step, when all that belongs to the step is done: validation, pictures, figures.
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+from flowmatch_mnist.files import load_checkpoint, save_checkpoint
+from flowmatch_mnist.module import FlowMatching, is_logged
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Checkpoints on disk: written whole or not at all, and refused if anything in them has changed."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write to a temporary name, then rename."""
+        save_checkpoint(Path(path), checkpoint)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read tensors and plain values."""
+        return load_checkpoint(Path(path))
+
+
+class SaveLast(Checkpoint):
+    """Keeps `last.ckpt`, from which the run goes on to the bit, and sees to it that a run asked to stop keeps it first.
+
+    It is written at each validation and at the end of each epoch, and in between every so many steps or minutes. On SIGTERM
+    or Ctrl-C the step is finished, the checkpoint written, and the process ends with status 128 + signal; a second signal ends
+    it at once. With several processes, those asked agree with the others in a step that is logged. SLURM's signals are left to
+    Lightning where it requeues the job.
+
+    Args:
+        every_n_steps: how often to save, in optimizer steps; 0 is never.
+        every_n_minutes: how often to save, in minutes; 0 is never.
+
+    Raises:
+        ValueError: if a number is negative.
+    """
+
+    def __init__(self, every_n_steps: int = 0, every_n_minutes: float = 2.0) -> None:
+        if every_n_steps < 0 or not every_n_minutes >= 0:
+            raise ValueError("saving needs every_n_steps and every_n_minutes of at least 0")
+        self.every_n_steps = every_n_steps
+        self.every_n_minutes = every_n_minutes
+        self.path: Path | None = None
+        self._signal = 0
+        self._saved_at = 0.0
+        self._due = False
+        self._stop_for = 0
+        self._flush = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Learn where to save, which the processes agree on together."""
+        self.path = Path(trainer.log_dir or ".") / "checkpoints" / "last.ckpt"
+        if stage != "fit":
+            signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))  # there is nothing to keep
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock, clear away what a killed run left half-written, and listen for signals."""
+        assert self.path is not None
+        self._saved_at = time.monotonic()
+        begin_next_epoch(trainer)
+        if trainer.is_global_zero:
+            for leftover in self.path.parent.glob(".*.ckpt"):
+                leftover.unlink()
+        environment = trainer._accelerator_connector.cluster_environment
+        requeued = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
+        # Lightning would stop in the middle of things, and puts its handlers back at the end.
+        for number in [signal.SIGINT] if requeued else [signal.SIGINT, signal.SIGTERM]:
+            signal.signal(number, self._hear)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._signal:
+            os._exit(128 + number)
+        self._signal = number
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Between two steps: all that the last one logged has been handed over by now."""
+        self._end_of_step(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Between two epochs, the same."""
+        self._end_of_step(trainer)
+
+    def _end_of_step(self, trainer: Trainer) -> None:
+        if self._flush:
+            flush(trainer)
+            self._flush = False
+        if self._stop_for:
+            if trainer.is_global_zero:
+                name = signal.Signals(self._stop_for).name
+                print(
+                    f"stopped by {name} after step {trainer.global_step}; wrote {self.path}; go on with "
+                    "`python train.py --ckpt_path last`",
+                    flush=True,
+                )
+            # Only one process tells how it ended: a launcher would kill the others for it.
+            raise SystemExit(128 + self._stop_for if trainer.is_global_zero else 0)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if it is time to, unless more of this step is to come."""
+        loop = trainer.fit_loop.epoch_loop
+        if loop._should_accumulate():
+            return  # half-gathered gradients are in no checkpoint
+        self._due |= bool(self.every_n_steps) and trainer.global_step % self.every_n_steps == 0
+        self._listen(trainer, agree=is_logged(trainer, trainer.global_step))
+        fetcher = trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        if self._due and not loop.batch_progress.is_last_batch and not loop._should_check_val_fx(fetcher):
+            self._save(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, unless the epoch ends here too."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._listen(trainer, agree=True)
+            self._due = True
+            loop = trainer.fit_loop.epoch_loop
+            if not loop.batch_progress.is_last_batch and not loop._should_accumulate():
+                self._save(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save."""
+        self._listen(trainer, agree=True)
+        self._save(trainer, pl_module)
+
+    def _listen(self, trainer: Trainer, agree: bool) -> None:
+        """Note whether it is time to save, by the clock, or to stop. Several processes `agree` on it, or leave it for later."""
+        late = bool(self.every_n_minutes) and time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
+        wish = self._signal or int(late)
+        if trainer.world_size > 1:
+            if not agree:
+                return
+            wishes = torch.tensor(float(wish), device=trainer.strategy.root_device)
+            wish = int(cast(torch.Tensor, trainer.strategy.reduce(wishes, reduce_op="max")).item())
+        self._due |= wish > 0
+        self._stop_for = wish if wish > 1 else 0
+
+    def _save(self, trainer: Trainer, module: LightningModule) -> None:
+        assert self.path is not None
+        cast(FlowMatching, module).check_finite()
+        # What was logged before the checkpoint must not be lost with the process: a run that goes on does not log it again.
+        flush(trainer)
+        trainer.save_checkpoint(self.path)
+        self._due, self._flush, self._saved_at = False, True, time.monotonic()
+
+
+def begin_next_epoch(trainer: Trainer) -> None:
+    """If the checkpoint that a run goes on from was written at an epoch's end, see to it that the next epoch begins.
+
+    Lightning does so itself (2.6), but not where the run is limited by steps: there it would go back into the epoch that ended.
+    """
+    loop = trainer.fit_loop
+    if loop.restarted_on_epoch_end:
+        loop.epoch_progress.increment_completed()
+        loop._restarting = loop.epoch_loop.restarting = False
+        loop.update_restart_stage()
+
+
+def flush(trainer: Trainer) -> None:
+    """See to it that what was logged so far is on the disk."""
+    if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
+        trainer.logger.experiment.flush()
