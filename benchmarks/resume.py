@@ -184,8 +184,8 @@ def kill_and_resume(
             prepare(folder, data_dir)
             while True:
                 process = train(folder, way.options)
-                # Rather more than a share of the whole, since starting takes some of it.
-                patience = dice.uniform(0, 1 + 2.5 * seconds / min(kills, 10)) if done < kills else None
+                # Some two shares of the whole, since starting takes some of it too.
+                patience = dice.uniform(0, 1 + 2 * seconds / max(kills, 6)) if done < kills else None
                 try:
                     printed, _ = process.communicate(timeout=patience)
                 except subprocess.TimeoutExpired:

@@ -186,7 +186,7 @@ class CLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError, MisconfigurationException) as error:
+        except (ValueError, TypeError, RuntimeError, MemoryError, MisconfigurationException) as error:
             raise UserError(f"{plain(error)[:600]}; mend the config or the command line") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -272,3 +272,5 @@ def main() -> None:
             )
         except MisconfigurationException as error:
             raise UserError(error) from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{option(sys.argv, '--config')} is no text, so it is no config; name another") from error

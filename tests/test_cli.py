@@ -144,7 +144,7 @@ def test_predict_writes_the_digits_that_sample_draws(tiny_run, tmp_path):
     assert abs(predicted["images"].astype(int) - sampled["images"]).max() <= 1
 
 
-def test_two_processes_see_different_data_and_noise_and_keep_equal_weights(tmp_path, data_dir):
+def test_two_processes_share_the_steps_that_one_would_take(tmp_path, data_dir):
     devices = ["--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.strategy", "ddp"]
     done = run("tests/two_ranks.py", "--config", TINY, "--data.data_dir", data_dir, *devices, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -161,6 +161,18 @@ def test_two_processes_see_different_data_and_noise_and_keep_equal_weights(tmp_p
     assert len(list(versions[0].glob("events.*"))) == 1, "one process logs"
     assert len(list((versions[0] / "samples").glob("grid-*.png"))) == 2, "and one draws"
     assert done.stdout.count("epoch 2, step 12:") == 1
+
+    one = ["--trainer.accelerator", "cpu", "--data.batch_size", 32]
+    done = run("tests/two_ranks.py", "--config", TINY, "--data.data_dir", data_dir, *one, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    alone = torch.load(tmp_path / "rank0.pt")
+    for rank in range(2):
+        for whole, share in zip(alone["batches"], ranks[rank]["batches"], strict=True):
+            for a, b in zip(whole, share, strict=True):
+                assert torch.equal(a[rank::2], b)
+    for a, b in zip(alone["weights"], ranks[0]["weights"], strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+    assert alone["val"] == pytest.approx(ranks[0]["val"], abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,349 @@
+"""Does anything that is damaged, foreign or mistyped do more than get one line?
+
+    python benchmarks/fuzz.py                       1,000 corruptions of each kind of file, 300 commands, some ten minutes
+    python benchmarks/fuzz.py --corruptions 50 --commands 30
+
+Files (a checkpoint, weights, data, a config, a picture) are cut off, have bits flipped, stretches zeroed, swapped or filled
+with noise, or are replaced. Each must be refused with one line, or give exactly what the undamaged file gives (a config may
+also say something else that is valid). Malformed commands must end with status 2 and one line. A traceback, another status,
+a result from damaged content, a changed file, or half a minute without an answer is a slip. Ends with status 1 if there is one.
+"""
+
+import argparse
+import contextlib
+import gzip
+import io
+import itertools
+import logging
+import os
+import random
+import resource
+import runpy
+import signal
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from lightning.pytorch import Trainer
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from flowmatch_mnist import digitnet, mnist
+from flowmatch_mnist.errors import UserError
+from flowmatch_mnist.files import load_weights, save_checkpoint
+from flowmatch_mnist.generate import KEY, Flow, Sampler, load
+from flowmatch_mnist.unet import UNet
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "tests" / "tiny.yaml"
+
+
+def corrupt(content: bytes, dice: random.Random) -> bytes:
+    """The content with one thing wrong with it."""
+    kind = dice.choice(["cut", "flip", "flip", "zero", "swap", "noise", "foreign"])
+    start, length = dice.randrange(len(content)), dice.choice([1, 4, 64, 4096])
+    stretch = slice(start, start + length)
+    damaged = bytearray(content)
+    match kind:
+        case "cut":
+            del damaged[start:]
+        case "flip":
+            for _ in range(dice.choice([1, 1, 8])):
+                damaged[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+        case "zero":
+            damaged[stretch] = bytes(len(damaged[stretch]))
+        case "swap":
+            other = dice.randrange(len(content))
+            damaged[start], damaged[other] = damaged[other], damaged[start]
+        case "noise":
+            damaged[stretch] = dice.randbytes(len(damaged[stretch]))
+        case "foreign":
+            return dice.choice(
+                [b"", b"\x80\x04K*.", b"PK\x03\x04", b"{}", dice.randbytes(length), content + dice.randbytes(length)]
+            )
+    return bytes(damaged)
+
+
+class SlowError(Exception):
+    """Half a minute went by."""
+
+
+@contextlib.contextmanager
+def patience(seconds: int = 30) -> Iterator[None]:
+    """Raise SlowError if the block takes longer."""
+
+    def give_up(*_: Any) -> None:
+        raise SlowError
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def plain(value: Any) -> Any:
+    """A value that can be compared with ==, tensors by their bytes."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype, value.contiguous().numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
+    return [plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def take_checkpoint(path: Path) -> Any:
+    """What `sample.py` would draw with."""
+    flow, sampler = load(path)
+    return plain(flow.net.state_dict()), flow.describe(sampler)
+
+
+def take_picture(path: Path) -> Any:
+    """Draw from the picture's noise; pixels may come out otherwise, since a PNG says itself where it ends."""
+    return run_sample(
+        "3", "--checkpoint", path.with_name("tiny.ckpt"), "--from-image", f"{path}:3", "--out", path.with_name("o.png")
+    )
+
+
+@dataclass
+class Kind:
+    """A kind of file: its whole content, its name, and what is taken from it."""
+
+    content: bytes
+    name: str
+    take: Callable[[Path], Any]
+
+
+def kinds(folder: Path, data_dir: Path) -> dict[str, Kind]:
+    """The kinds of files there are, from genuine ones; `folder` is where they may lie."""
+    checkpoint = folder / "tiny.ckpt"
+    torch.manual_seed(0)
+    flow = Flow(UNet((4, 8, 8), (1, 1, 1)))
+    weights = {f"net.{name}": value for name, value in flow.net.state_dict().items()}
+    save_checkpoint(checkpoint, {"state_dict": weights, KEY: flow.describe(Sampler(steps=1, solver="euler")), "global_step": 1})
+    images, labels = (mnist.find(data_dir, name) for name in mnist.FILES["test"])
+    assert images is not None and labels is not None
+    (folder / mnist.FILES["test"][0]).write_bytes(images)
+    picture = io.BytesIO()
+    Image.fromarray(mnist.load(data_dir, "test")[0][0].numpy()).save(picture, "png")
+
+    def take_data(path: Path) -> Any:
+        return plain(mnist.load(path.parent, "test"))
+
+    return {
+        "checkpoint": Kind(checkpoint.read_bytes(), "broken.ckpt", take_checkpoint),
+        "weights": Kind(digitnet.WEIGHTS.read_bytes(), "broken.safetensors", lambda path: plain(load_weights(path))),
+        "data": Kind(labels, mnist.FILES["test"][1], take_data),
+        "data, gzipped": Kind(gzip.compress(labels, mtime=0), mnist.FILES["test"][1] + ".gz", take_data),
+        "config": Kind(TINY.read_bytes(), "broken.yaml", lambda path: run_train("fit", "--config", path)),
+        "picture": Kind(picture.getvalue(), "broken.png", take_picture),
+    }
+
+
+def run_command(main: Callable[[], None], arguments: tuple[object, ...]) -> str | None:
+    """Run a command in this process; None if it did what it was asked to, or the one line it had to say of a mistake.
+
+    Raises:
+        AssertionError: if it ended in another way.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    argv = ["command", *map(str, arguments)]
+    # Nothing is trained: what is tried is what happens before.
+    with mock.patch.object(sys, "argv", argv), mock.patch.object(Trainer, "_fit_impl"):
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                main()
+        except SystemExit as ended:
+            if not ended.code:
+                return None
+            lines = err.getvalue().splitlines()
+            if ended.code != 2 or len(lines) != 1 or not lines[0].startswith("error: "):
+                raise AssertionError(f"status {ended.code}: {err.getvalue()}") from None
+            raise UserError(lines[0]) from None
+        finally:
+            log = logging.getLogger("flowmatch_mnist")
+            log.handlers.clear()
+    return None
+
+
+def run_train(*arguments: object) -> str | None:
+    """train.py, but for the training itself."""
+    from flowmatch_mnist import cli
+
+    return run_command(cli.main, arguments)
+
+
+def run_sample(*arguments: object) -> str | None:
+    """sample.py."""
+    return run_command(lambda: runpy.run_path(str(ROOT / "sample.py"), run_name="__main__") and None, arguments)
+
+
+def slip(act: Callable[[], Any], refused: type[Exception] = UserError) -> tuple[str, Any]:
+    """Do it: ("refused", line), ("accepted", result), or ("slip", what happened)."""
+    try:
+        with patience():
+            return "accepted", act()
+    except refused as error:
+        message = str(error)
+        return ("refused", message) if "\n" not in message else ("slip", f"more than a line: {message}")
+    except SlowError:
+        return "slip", "no answer in half a minute"
+    except BaseException:
+        lines = traceback.format_exc().splitlines()
+        return "slip", " | ".join(line.strip() for line in [*[x for x in lines if "flowmatch_mnist/" in x][-2:], lines[-1]])
+
+
+def fuzz_files(count: int, seed: int, folder: Path, data_dir: Path) -> dict[str, tuple[dict[str, int], list[str]]]:
+    """Corrupt each kind of file so often: by kind, how it went, and the slips."""
+    results = {}
+    for what, kind in kinds(folder, data_dir).items():
+        dice = random.Random(f"{seed} {what}")
+        path = folder / kind.name
+        path.write_bytes(kind.content)
+        whole = kind.take(path)
+        counts, slips = {"refused": 0, "accepted": 0, "slip": 0}, []
+        for i in track(range(count), what, transient=True):
+            content = corrupt(kind.content, dice)
+            path.write_bytes(content)
+            outcome, result = slip(lambda kind=kind, path=path: kind.take(path))
+            if outcome == "accepted" and result != whole:
+                outcome, result = "slip", "a result from damaged content"
+            if path.read_bytes() != content:
+                outcome, result = "slip", "the file was changed"
+            counts[outcome] += 1
+            if outcome == "slip":
+                slips.append(f"{what} {i}: {result}")
+        path.unlink()
+        results[what] = (counts, slips)
+    return results
+
+
+WORDS = ["", "x", "-1", "0", "nan", "inf", "1e400", "3.5", "[1", "{}", "null", "ß", "10-3", "9-", "🦆", "--", "../..", "a: b"]
+
+
+def malformed(dice: random.Random, checkpoint: Path) -> tuple[Callable[..., str | None], list[str]]:
+    """A command with something wrong with it."""
+    word = dice.choice(WORDS)
+    number = str(-dice.randrange(1, 10**9))
+    sample = [
+        [dice.choice(["10", "x", "-3", "3-1", "7.0", "", "0-10", "🦆"])],
+        [],
+        ["3", "--per-class", dice.choice(["0", "-2", "x", "1.5", "nan", ""])],
+        ["3", "--steps", dice.choice(["0", "-1", "x", "1e3"])],
+        ["3", "--solver", dice.choice(["rk5", "Euler", ""])],
+        ["3", "--guidance", dice.choice(["nan", "inf", "x", ""])],
+        ["3", "--guidance-interval", dice.choice(["1-0", "0.2", "a-b", "0.1-1.5", "-"])],
+        ["3", "--churn", dice.choice(["nan", "-1", "x"]), "--solver", "euler"],
+        ["3", "--churn", "0.5", "--solver", "dpmpp_2m"],
+        ["3", "--out", dice.choice(["x.jpg", "x", ".", "", "x.png/y.png", "x.npy"])],
+        ["3", "--checkpoint", dice.choice(["nowhere.ckpt", ".", "/dev/null", str(TINY), str(digitnet.WEIGHTS)])],
+        ["3", "--device", dice.choice(["gpu", "cuda:99", "x", "cpu:x"])],
+        ["3", "--from-image", dice.choice(["x.png:3", "7", "test:10000", "test:-1", f"{TINY}:3", ".:3", ":"])],
+        ["3", "--interpolate", dice.choice(["0", "-1", "x"])],
+        ["3", "--batch-size", dice.choice(["0", "x"])],
+        ["3", f"--{dice.choice(['label', 'ckpt', 'x y', 'guidence'])}", "1"],
+    ]
+    train = [
+        [
+            f"--{dice.choice(['model', 'data', 'trainer', 'ema', 'sampling', 'saving'])}.{dice.choice(['x', 'lr', 'steps_'])}",
+            word,
+        ],
+        ["--trainer.max_epochs", dice.choice(["x", "1.5", "[1]", "-7"])],
+        ["--data.batch_size", dice.choice(["0", "-3", "x", "1e99", "70000", number])],
+        ["--data.val_size", dice.choice(["0", "60000", "x", number])],
+        ["--data.num_workers", dice.choice(["-1", "x"])],
+        ["--data.coupling", dice.choice(["OT", "x", ""])],
+        ["--data", dice.choice(["x", "torch.nn.Linear", "os.system"])],
+        ["--model.net", dice.choice(["x", "torch.nn.Linear", "os.system"])],
+        ["--model.net.channels", dice.choice(["[4]", "[0,1,2]", "x", "[]", "[4,4,-4]"])],
+        ["--model.times", dice.choice(["x", "os.system"])],
+        ["--model.path", dice.choice(["x", "Linear", "[]"])],
+        ["--model.prediction", dice.choice(["x", "score"])],
+        ["--model.label_dropout", dice.choice(["2", "-0.1", "x"])],
+        ["--model.warmup_steps", dice.choice(["-1", "x"])],
+        ["--model.sampler.solver", dice.choice(["x", "rk5"])],
+        ["--model.sampler.steps", dice.choice(["0", "x", "-2"])],
+        ["--model.optimizer", dice.choice(["x", "os.system", "torch.nn.Linear"])],
+        ["--model.on_non_finite", dice.choice(["x", "ignore"])],
+        ["--ema.decay", dice.choice(["1", "-1", "x"])],
+        ["--saving.every_n_minutes", dice.choice(["-1", "x"])],
+        ["--sampling.rows", dice.choice(["0", "x"])],
+        ["--evaluation.samples", dice.choice(["1", "x"])],
+        ["--ckpt_path", dice.choice(["nowhere.ckpt", "last", "best", ".", "/dev/null", str(TINY)])],
+        ["--config", dice.choice(["nowhere.yaml", ".", "/dev/null/x", str(checkpoint)])],
+        ["--seed_everything", dice.choice(["x", "1.5"])],
+        ["--trainer.accelerator", dice.choice(["x", "tpux"])],
+        ["--trainer.precision", dice.choice(["x", "7"])],
+        ["--trainer.devices", dice.choice(["x", "-3"])],
+        ["--trainer.strategy", dice.choice(["x", "dpp"])],
+        [f"--{word or 'x'}", "1"],
+        [dice.choice(["fitt", "train", "-x"])],
+    ]
+    if dice.random() < 0.35:
+        return run_sample, ["--checkpoint", str(checkpoint), *dice.choice(sample)]
+    return run_train, ["fit", "--config", str(TINY), "--trainer.accelerator", "cpu", *dice.choice(train)]
+
+
+def fuzz_commands(count: int, seed: int, folder: Path) -> tuple[dict[str, int], list[str]]:
+    """Try so many malformed commands: how it went, and the slips."""
+    dice = random.Random(f"{seed} commands")
+    checkpoint = folder / "tiny.ckpt"
+    counts, slips = {"refused": 0, "slip": 0}, []
+    before = sorted(path.name for path in folder.iterdir())
+    for _ in track(range(count), "commands", transient=True):
+        command, arguments = malformed(dice, checkpoint)
+        outcome, result = slip(lambda command=command, arguments=arguments: command(*arguments))
+        if outcome == "accepted":
+            outcome, result = "slip", "it was accepted"
+        if (after := sorted(path.name for path in folder.iterdir())) != before:
+            outcome, result = "slip", f"left something behind: {set(after) - set(before)}"
+            before = after
+        counts[outcome] += 1
+        if outcome == "slip":
+            slips.append(f"{command.__name__} {arguments}: {result}")
+    return counts, slips
+
+
+def main() -> None:
+    """Parse the command line, try, and say how it went."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corruptions", type=int, default=1000, help="of each kind of file (default: 1000)")
+    parser.add_argument("--commands", type=int, default=300, help="malformed ones (default: 300)")
+    parser.add_argument("--seed", type=int, default=0, help="of what goes wrong (default: 0)")
+    parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="where MNIST is, or is put")
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # the networks are too small for more
+    mnist.prepare(options.data_dir)
+    data_dir = options.data_dir.resolve()
+    # A damaged number must not ask for all of the machine's memory.
+    resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, 8 << 30))
+    console = Console()
+    table = Table("what", "tried", "refused in a line", "harmless", "slips")
+    all_slips: list[str] = []
+    with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
+        folder = Path(name)
+        for what, (counts, slips) in fuzz_files(options.corruptions, options.seed, folder, data_dir).items():
+            table.add_row(what, *map(str, (options.corruptions, counts["refused"], counts["accepted"], counts["slip"])))
+            all_slips += slips
+        counts, slips = fuzz_commands(options.commands, options.seed, folder)
+        table.add_row("commands", *map(str, (options.commands, counts["refused"], 0, counts["slip"])))
+        all_slips += slips
+    for one in itertools.islice(all_slips, 20):
+        console.print(one, markup=False)
+    console.print(table)
+    os._exit(int(bool(all_slips)))  # what a damaged picture left in a library must not decide how this ends
+
+
+if __name__ == "__main__":
+    main()
