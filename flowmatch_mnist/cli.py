@@ -2,6 +2,7 @@
 
 import logging
 import re
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -22,7 +23,7 @@ from flowmatch_mnist.files import replacing
 from flowmatch_mnist.generate import KEY, newest_checkpoint, read_checkpoint
 from flowmatch_mnist.module import FlowMatching
 from flowmatch_mnist.network import Network
-from flowmatch_mnist.saving import CheckpointFiles, SaveLast
+from flowmatch_mnist.saving import CheckpointFiles, SaveLast, end_together, requeued
 from flowmatch_mnist.times import TimeDensity
 
 RUNS = Path("runs")
@@ -213,6 +214,8 @@ class CLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def after_instantiate_classes(self) -> None:
+        if not requeued(self.trainer):
+            signal.signal(signal.SIGTERM, end_together(self.trainer))
         checkpoint = self._get(self.config, "ckpt_path")
         net, data = self.model.net, self.datamodule
         if net.shape != data.shape or net.no_label != data.classes:

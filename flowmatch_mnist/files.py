@@ -5,7 +5,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another place") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def save_json(path: Path, contents: dict[str, Any]) -> None:
@@ -67,7 +68,7 @@ def damage(path: Path) -> str | None:
     except FileNotFoundError:
         return "it is missing"
     except Exception as error:  # a damaged archive can fail in any way
-        return f"it is no whole archive ({error})"
+        return f"it is damaged, or no checkpoint ({error})"
     return f"its part {part} has changed" if part else None
 
 

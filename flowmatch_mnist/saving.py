@@ -8,6 +8,7 @@ write it whole, at the end of a step, when all that belongs to the step is done:
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -66,8 +67,9 @@ class SaveLast(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Learn where to save, which the processes agree on together."""
         self.path = Path(trainer.log_dir or ".") / "checkpoints" / "last.ckpt"
-        if stage != "fit":
-            signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))  # there is nothing to keep
+        if not requeued(trainer):
+            # In place of what Lightning does in any process that is signalled, which waits for the others there and then.
+            trainer._signal_connector._sigterm_notifier_fn = end_together(trainer)  # type: ignore[assignment]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock, clear away what a killed run left half-written, and listen for signals."""
@@ -77,15 +79,14 @@ class SaveLast(Checkpoint):
         if trainer.is_global_zero:
             for leftover in self.path.parent.glob(".*.ckpt"):
                 leftover.unlink()
-        environment = trainer._accelerator_connector.cluster_environment
-        requeued = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
-        # Lightning would stop in the middle of things, and puts its handlers back at the end.
-        for number in [signal.SIGINT] if requeued else [signal.SIGINT, signal.SIGTERM]:
+        self._end = end_together(trainer)
+        # Lightning puts back, when the run has ended, what was there before.
+        for number in [signal.SIGINT] if requeued(trainer) else [signal.SIGINT, signal.SIGTERM]:
             signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self._signal:
-            os._exit(128 + number)
+            self._end(number, frame)
         self._signal = number
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -158,6 +159,26 @@ class SaveLast(Checkpoint):
         flush(trainer)
         trainer.save_checkpoint(self.path)
         self._due, self._flush, self._saved_at = False, True, time.monotonic()
+
+
+def requeued(trainer: Trainer) -> bool:
+    """Whether SLURM starts the job anew after its signals, which Lightning then sees to."""
+    environment = trainer._accelerator_connector.cluster_environment
+    return isinstance(environment, SLURMEnvironment) and environment.auto_requeue
+
+
+def end_together(trainer: Trainer) -> Callable[[int, FrameType | None], None]:
+    """A handler of signals that ends this process, and those it launched, at once, with status 128 + signal.
+
+    Before training begins there is nothing to keep, but processes that wait for one that is gone would wait for long.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(number)
+        os._exit(128 + number)
+
+    return end
 
 
 def begin_next_epoch(trainer: Trainer) -> None:

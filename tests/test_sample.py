@@ -7,19 +7,19 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Evil, assert_one_line_error, run
+from conftest import ROOT, Evil, assert_one_line_error, run, run_here
 from PIL import Image
 
 from flowmatch_mnist import mnist
 from flowmatch_mnist.errors import UserError
-from flowmatch_mnist.files import replacing
+from flowmatch_mnist.files import replacing, save_checkpoint
 from flowmatch_mnist.generate import Flow, Sampler, generate, load, newest_checkpoint
 from flowmatch_mnist.pictures import grid
 
 CHECKPOINT = "runs/tiny/version_0/checkpoints/last.ckpt"
 
 
-def sample(cwd, *arguments):
+def sample(cwd, *arguments, run=run_here):
     done = run("sample.py", *arguments, cwd=cwd)
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
     assert len(done.stdout.splitlines()) == 2
@@ -33,7 +33,7 @@ def arrays(cwd, *arguments):
 
 
 def test_draws_a_grid_with_the_newest_run_and_says_so(tiny_run):
-    stdout = sample(tiny_run, "7")
+    stdout = sample(tiny_run, "7", run=run)
     assert (
         CHECKPOINT in stdout
         and "drew 1 digits" not in stdout
@@ -163,7 +163,7 @@ def test_mistakes_get_one_line_and_leave_nothing_behind(tiny_run, tmp_path, argu
         torch.save(checkpoint, tmp_path / f"{name}.ckpt")
     torch.save({"state_dict": Evil()}, tmp_path / "evil.ckpt")
     before = sorted(tmp_path.rglob("*"))
-    assert_one_line_error(run("sample.py", *arguments, cwd=tmp_path), *words)
+    assert_one_line_error(run_here("sample.py", *arguments, cwd=tmp_path), *words)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -180,8 +180,7 @@ def test_without_any_run_it_says_what_to_do(tmp_path):
 def test_the_newest_run_is_chosen(tmp_path):
     for age, name in ((10, "old"), (5, "new"), (20, "oldest")):
         path = tmp_path / name / "version_0" / "checkpoints" / "last.ckpt"
-        path.parent.mkdir(parents=True)
-        path.touch()
+        save_checkpoint(path, {})
         os.utime(path, (1e9 - age, 1e9 - age))
     assert "new/" in str(newest_checkpoint(tmp_path))
     assert "oldest/" in str(newest_checkpoint(tmp_path, "oldest"))

@@ -2,18 +2,18 @@
 
 import contextlib
 import dataclasses
-import os
 import random
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_one_line_error, run
+from conftest import ROOT, TINY, assert_one_line_error, run, run_here
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -113,19 +113,12 @@ def test_a_run_goes_on_to_the_bit_from_every_checkpoint_it_ever_kept(settings, t
         assert getattr(more, "drawn", []) == [step for step in drawings.drawn if step > begun_at], path
 
 
-SHORT = ["--trainer.max_steps", "80"]
-
-
-@pytest.fixture(scope="module")
-def left_alone(data_dir):
-    return resume.alone(SHORT, data_dir)
-
-
-@pytest.mark.parametrize(("name", "kills"), [("SIGKILL", 2), ("Ctrl-C", 1)])
-def test_a_run_that_is_killed_ends_where_the_one_left_alone_does(name, kills, data_dir, left_alone):
-    way = dataclasses.replace(resume.WAYS[name], options=[*SHORT, *resume.WAYS[name].options])
-    done, _, wrong = resume.kill_and_resume(way, kills, *left_alone, data_dir, random.Random(1))
-    assert done >= kills and not wrong
+def test_a_run_that_is_killed_ends_where_the_one_left_alone_does(data_dir):
+    short = ["--trainer.max_steps", "50"]
+    whole, seconds = resume.alone(short, data_dir)
+    way = dataclasses.replace(resume.WAYS["SIGKILL"], options=short)
+    done, _, wrong = resume.kill_and_resume(way, 2, whole, seconds, data_dir, random.Random(1))
+    assert done >= 2 and not wrong
 
 
 def test_sigterm_finishes_the_step_saves_says_where_and_ends_with_its_status(tmp_path, data_dir):
@@ -207,7 +200,9 @@ def test_a_single_flipped_bit_is_refused_by_name(tiny_run, tmp_path):
     shutil.copytree(tiny_run / "runs", tmp_path / "runs")
     path = spoil(tmp_path)
     for script, arguments in (("sample.py", ["7", "--checkpoint"]), ("train.py", ["test", "--ckpt_path"])):
-        assert_one_line_error(run(script, *arguments, path.relative_to(tmp_path), cwd=tmp_path), "last.ckpt", "has changed")
+        assert_one_line_error(
+            run_here(script, *arguments, path.relative_to(tmp_path), cwd=tmp_path), "last.ckpt", "has changed"
+        )
 
 
 def test_what_a_killed_writer_left_is_cleared_away(tmp_path, data_dir, monkeypatch):
@@ -323,11 +318,24 @@ def test_settings_of_saving_are_checked():
             SaveLast(**wrong)
 
 
-def test_the_process_ends_at_once_on_a_second_signal(monkeypatch):
+def test_the_process_ends_at_once_on_a_second_signal():
     ended = []
-    monkeypatch.setattr(os, "_exit", ended.append)
     saving = SaveLast()
+    saving._end = lambda number, frame: ended.append(number)
     saving._hear(signal.SIGTERM, None)
     assert not ended
     saving._hear(signal.SIGTERM, None)
-    assert ended == [143]
+    assert ended == [signal.SIGTERM]
+
+
+def test_processes_that_wait_for_each_other_end_together(tmp_path, data_dir):
+    two = ["--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.strategy", "ddp"]
+    arguments = ["fit", "--config", TINY, "--data.data_dir", data_dir, *two]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *map(str, arguments)], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline().startswith("training ")
+    time.sleep(0.5)  # the first waits now for the second, which is still importing
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)  # which is to say, until the second is gone too
+    assert process.returncode == 143

@@ -1,11 +1,11 @@
-"""The lessons before the digits, and DDPM, as real processes; and the toy's own data and figures."""
+"""The lessons before the digits, DDPM, and the toy's own data and figures."""
 
 import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, run
+from conftest import ROOT, assert_one_line_error, run_here
 from PIL import Image
 
 from flowmatch_mnist.generate import Samples
@@ -18,7 +18,7 @@ TOYS = {"toy": "", "toy_prompted": ", on its segment 0"}
 def test_a_toy_trains_and_draws_its_curve(name, tmp_path):
     short = ["--trainer.max_epochs", 2, "--trainer.check_val_every_n_epoch", 1]
     short += ["--sampling.every_n_epochs", 1, "--evaluation.every_n_epochs", 1]
-    done = run("train.py", "--config", ROOT / f"configs/{name}.yaml", *short, cwd=tmp_path)
+    done = run_here("train.py", "--config", ROOT / f"configs/{name}.yaml", *short, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
     figures = re.findall(r"samples, distance to the curve ([0-9.]+)" + TOYS[name], done.stdout)
     assert len(figures) == 2 and float(figures[1]) < float(figures[0])
@@ -28,23 +28,23 @@ def test_a_toy_trains_and_draws_its_curve(name, tmp_path):
         assert np.asarray(picture).std() > 10
 
     checkpoint = version / "checkpoints/last.ckpt"
-    predicted = run("train.py", "predict", "--ckpt_path", checkpoint, cwd=tmp_path)
+    predicted = run_here("train.py", "predict", "--ckpt_path", checkpoint, cwd=tmp_path)
     assert predicted.returncode == 0, predicted.stdout + predicted.stderr
     with np.load(version / "predictions.npz") as archive:
         assert archive["points"].shape == (200 if name == "toy" else 2000, 2)
         assert archive["labels"].max() == (0 if name == "toy" else 9)
-    assert_one_line_error(run("sample.py", "7", "--checkpoint", checkpoint, cwd=tmp_path), "draws no digits")
+    assert_one_line_error(run_here("sample.py", "7", "--checkpoint", checkpoint, cwd=tmp_path), "draws no digits")
 
 
 def test_ddpm_trains_and_draws_by_ancestral_sampling(tmp_path, data_dir):
     tiny = ["--model.net.channels=[4,8,8]", "--model.net.blocks=[1,1,1]", "--model.compile", "false"]
     short = ["--trainer.max_steps", 4, "--trainer.val_check_interval", 4, "--trainer.limit_val_batches", 1]
     data = ["--data.data_dir", data_dir, "--data.batch_size", 16]
-    done = run("train.py", "--config", ROOT / "configs/ddpm.yaml", *tiny, *short, *data, cwd=tmp_path)
+    done = run_here("train.py", "--config", ROOT / "configs/ddpm.yaml", *tiny, *short, *data, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    drawn = run("sample.py", "7", cwd=tmp_path)
+    drawn = run_here("sample.py", "7", cwd=tmp_path)
     assert "euler, 1000 steps, guidance 1, churn 1, 1000 evaluations each" in drawn.stdout, drawn.stderr
-    ddim = run("sample.py", "7", "--churn", 0, "--steps", 10, "--out", "ddim.gif", cwd=tmp_path)
+    ddim = run_here("sample.py", "7", "--churn", 0, "--steps", 10, "--out", "ddim.gif", cwd=tmp_path)
     assert "euler, 10 steps, guidance 1, 10 evaluations each" in ddim.stdout, ddim.stderr
 
 
@@ -79,5 +79,5 @@ def test_the_network_sees_standard_noise_and_the_picture_the_plane():
 
 
 def test_a_network_for_other_data_is_refused(tmp_path):
-    done = run("train.py", "--config", ROOT / "configs/toy.yaml", "--data.prompted", "true", cwd=tmp_path)
+    done = run_here("train.py", "--config", ROOT / "configs/toy.yaml", "--data.prompted", "true", cwd=tmp_path)
     assert_one_line_error(done, "MLP is for 1 classes", "CurveDataModule has 10")
