@@ -124,7 +124,7 @@ def parse() -> argparse.Namespace:
 def noise_of(file: str, number: int, flow: "Flow", data_dir: Path) -> "Tensor":
     """The noise that the flow carries to a picture, (1, 28, 28)."""
     import torch
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
     from torchvision.transforms.functional import pil_to_tensor
 
     from flowmatch_mnist import mnist
@@ -139,8 +139,10 @@ def noise_of(file: str, number: int, flow: "Flow", data_dir: Path) -> "Tensor":
         try:
             with Image.open(file) as picture:
                 pixels, label = pil_to_tensor(picture.convert("L").resize((28, 28))), number
-        except UnidentifiedImageError as error:
-            raise UserError(f"{file} is no picture; give a PNG of a white digit on black") from error
+        except (FileNotFoundError, IsADirectoryError, PermissionError):
+            raise
+        except Exception as error:  # decoders raise whatever damaged or oversized pictures lead to
+            raise UserError(f"{file} is no picture, or damaged; give a PNG of a white digit on black") from error
     return invert(flow, PIXELS[flow.pixels].forward(pixels)[None], torch.tensor([label]))[0]
 
 

@@ -64,6 +64,8 @@ def damage(path: Path) -> str | None:
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                return "it is compressed, as no checkpoint is"  # and might hold more than the memory does
             part = archive.testzip()
     except FileNotFoundError:
         return "it is missing"

@@ -39,7 +39,7 @@ def learning_rate_factor(step: int, warmup_steps: int, total_steps: int, decay: 
 def is_logged(trainer: Trainer, step: int) -> bool:
     """Whether the logger takes in what optimizer step number `step`, counted from 1, logs."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return step % every == 0
+    return every > 0 and step % every == 0
 
 
 class Reading:

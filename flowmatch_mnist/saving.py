@@ -155,6 +155,8 @@ class SaveLast(Checkpoint):
     def _save(self, trainer: Trainer, module: LightningModule) -> None:
         assert self.path is not None
         cast(FlowMatching, module).check_finite()
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         # What was logged before the checkpoint must not be lost with the process: a run that goes on does not log it again.
         flush(trainer)
         trainer.save_checkpoint(self.path)

@@ -6,6 +6,7 @@ import http.server
 import logging
 import multiprocessing
 import threading
+import tracemalloc
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -176,3 +177,14 @@ def test_of_several_processes_only_one_fetches(tmp_path, data_dir):
         calls = [future.result() for future in [pool.submit(fetch_once, tmp_path, data_dir) for _ in range(3)]]
     assert sum(calls) == 1
     assert len(mnist.load(tmp_path, "train")[0]) == 60_000
+
+
+def test_an_archive_that_holds_more_than_memory_is_no_genuine_file(tmp_path):
+    name = "t10k-labels-idx1-ubyte"
+    with gzip.open(tmp_path / f"{name}.gz", "wb", compresslevel=1) as file:
+        for _ in range(60):
+            file.write(bytes(1_000_000))
+    tracemalloc.start()
+    assert mnist.read(tmp_path / f"{name}.gz", name) is None
+    assert tracemalloc.get_traced_memory()[1] < 2.5 * mnist.LARGEST
+    tracemalloc.stop()

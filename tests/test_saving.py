@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -339,3 +340,11 @@ def test_processes_that_wait_for_each_other_end_together(tmp_path, data_dir):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)  # which is to say, until the second is gone too
     assert process.returncode == 143
+
+
+def test_a_checkpoint_that_unpacks_to_more_than_it_is_gets_refused(tmp_path):
+    path = tmp_path / "bomb.ckpt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10_000_000))
+    with pytest.raises(UserError, match="compressed"):
+        load_checkpoint(path)
