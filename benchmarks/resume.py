@@ -137,18 +137,20 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
     return [] if one == other else [where.strip()]
 
 
-def alone(options: list[str], data_dir: Path) -> tuple[dict[str, Any], float]:
-    """The state at the end of a run that is left alone, and the seconds from its begin to its end."""
+def alone(options: list[str], data_dir: Path) -> tuple[dict[str, Any], tuple[float, float]]:
+    """The state at the end of a run that is left alone, and the seconds to its first checkpoint, and from there to its end."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, data_dir)
         process = train(folder, options)
         begun = time.monotonic()
-        assert process.stdout is not None
-        printed = process.stdout.read()
-        if process.wait():
+        while process.poll() is None and not list(folder.glob("runs/*/*/checkpoints/last.ckpt")):
+            time.sleep(0.05)
+        saved = time.monotonic()
+        printed, _ = process.communicate()
+        if process.returncode:
             raise SystemExit(f"the run that was left alone ended with status {process.returncode}:\n{printed}")
-        return state(folder), time.monotonic() - begun
+        return state(folder), (saved - begun, time.monotonic() - saved)
 
 
 def prepare(folder: Path, data_dir: Path) -> None:
@@ -173,7 +175,7 @@ def stop(process: subprocess.Popen[str], way: Way) -> str:
 
 
 def kill_and_resume(
-    way: Way, kills: int, whole: dict[str, Any], seconds: float, data_dir: Path, dice: random.Random
+    way: Way, kills: int, whole: dict[str, Any], seconds: tuple[float, float], data_dir: Path, dice: random.Random
 ) -> tuple[int, int, list[str]]:
     """Stop runs until so many kills are done, let each come to its end, and compare: (kills, runs, what was wrong)."""
     done, runs, wrong = 0, 0, []
@@ -184,8 +186,10 @@ def kill_and_resume(
             prepare(folder, data_dir)
             while True:
                 process = train(folder, way.options)
-                # Some two shares of the whole, since starting takes some of it too.
-                patience = dice.uniform(0, 1 + 2 * seconds / max(kills, 6)) if done < kills else None
+                # Now and then before it has begun; else so that the whole run is gone through in that many kills.
+                start, rest = seconds
+                instant = dice.uniform(0, start) if dice.random() < 0.2 else start + dice.uniform(0, 2 * rest / max(kills, 4))
+                patience = instant if done < kills else None
                 try:
                     printed, _ = process.communicate(timeout=patience)
                 except subprocess.TimeoutExpired:
@@ -214,7 +218,7 @@ def main() -> None:
     console = Console()
     table = Table("stopped by", "kills", "runs", "equal to the bit")
     failed = False
-    references: dict[tuple[str, ...], tuple[dict[str, Any], float]] = {}
+    references: dict[tuple[str, ...], tuple[dict[str, Any], tuple[float, float]]] = {}
     for name in options.ways:
         way = WAYS[name]
         # Workers change nothing, so those runs are compared with one that has none.

@@ -176,6 +176,9 @@ def end_together(trainer: Trainer) -> Callable[[int, FrameType | None], None]:
     """
 
     def end(number: int, frame: FrameType | None) -> None:
+        if trainer.is_global_zero:
+            # Not print, which this may have interrupted.
+            os.write(2, f"stopped by {signal.Signals(number).name} at once; what was saved before stays\n".encode())
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(number)
         os._exit(128 + number)
