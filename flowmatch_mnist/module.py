@@ -71,8 +71,8 @@ class Reading:
         """Raise FloatingPointError, with what was seen, if the gradients were not finite."""
         if not self.finite:
             raise FloatingPointError(
-                f"{self}; no checkpoint holds it: go on from the newest with --ckpt_path last and a lower --model.optimizer.lr, "
-                "or leave out such steps with --model.on_non_finite skip"
+                f"{self}; no checkpoint holds it: go on from the newest with --ckpt_path last and a lower "
+                "--model.optimizer.lr, or leave out such steps with --model.on_non_finite skip"
             )
 
     def __str__(self) -> str:
