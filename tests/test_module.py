@@ -59,7 +59,7 @@ class Recorder(nn.Module):
 def step(module, number, rank=0):
     progress = SimpleNamespace(total=SimpleNamespace(processed=number))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
-    module._trainer = SimpleNamespace(fit_loop=loop, global_rank=rank, strategy=SimpleNamespace(global_rank=rank))
+    module._trainer = SimpleNamespace(fit_loop=loop, global_rank=rank, world_size=2)
     module._fabric = None
     module.log = lambda *arguments, **settings: None
     x = torch.zeros(64, 1, 2, 2)
@@ -67,7 +67,7 @@ def step(module, number, rank=0):
     return module.net.calls[-1]
 
 
-def test_times_and_label_dropout_are_a_function_of_seed_step_and_rank():
+def test_times_and_label_dropout_are_a_function_of_seed_step_and_share():
     base = step(FlowMatching(Recorder(), label_dropout=0.5), 7)
     again = step(FlowMatching(Recorder(), label_dropout=0.5), 7)
     assert all(torch.equal(a, b) for a, b in zip(base, again, strict=True))
@@ -82,7 +82,7 @@ def test_times_and_label_dropout_are_a_function_of_seed_step_and_rank():
 
 def test_training_looks_where_the_density_says():
     t, _ = step(FlowMatching(Recorder(), times=Uniform()), 0)
-    assert (t * 8).long().bincount(minlength=8).tolist() == [8] * 8
+    assert (t * 8).long().bincount(minlength=8).tolist() == [8] * 8, "in each process's share too"
 
 
 @pytest.mark.parametrize(("decay", "middle"), [("cosine", 0.5), ("linear", 0.5), ("constant", 1.0)])
