@@ -1,6 +1,6 @@
 """Is a run that is killed again and again, and goes on each time, the run that was left alone?
 
-    python benchmarks/resume.py                 20 kills in each of five ways, some twenty minutes on two cores
+    python benchmarks/resume.py                 20 kills in each of six ways, some forty minutes on two cores
     python benchmarks/resume.py --kills 3 --ways SIGKILL
 
 A small network with dropout trains 300 steps: validation, pictures and checkpoints now and then, by Muon and an average of the

@@ -67,9 +67,10 @@ class SaveLast(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Learn where to save, which the processes agree on together."""
         self.path = Path(trainer.log_dir or ".") / "checkpoints" / "last.ckpt"
+        self._end = end_together(trainer)
         if not requeued(trainer):
             # In place of what Lightning does in any process that is signalled, which waits for the others there and then.
-            trainer._signal_connector._sigterm_notifier_fn = end_together(trainer)  # type: ignore[assignment]
+            trainer._signal_connector._sigterm_notifier_fn = self._end  # type: ignore[assignment]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock, clear away what a killed run left half-written, and listen for signals."""
@@ -79,7 +80,6 @@ class SaveLast(Checkpoint):
         if trainer.is_global_zero:
             for leftover in self.path.parent.glob(".*.ckpt"):
                 leftover.unlink()
-        self._end = end_together(trainer)
         # Lightning puts back, when the run has ended, what was there before.
         for number in [signal.SIGINT] if requeued(trainer) else [signal.SIGINT, signal.SIGTERM]:
             signal.signal(number, self._hear)

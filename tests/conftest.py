@@ -5,14 +5,12 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run on all cores already, one process each
 
 import contextlib
-import io
-import logging
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
 
+import fuzz
 import pytest
 import torch
 
@@ -55,18 +53,8 @@ def run(script: str, *arguments: object, cwd: Path, **environment: str) -> subpr
 
 def run_here(script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     """The same in this process, which saves the seconds that starting one takes; some tests start a real one."""
-    out, err = io.StringIO(), io.StringIO()
-    argv, log = [script, *map(str, arguments)], logging.getLogger("flowmatch_mnist")
-    handlers, status = list(log.handlers), 0
-    with contextlib.chdir(cwd), mock.patch.object(sys, "argv", argv), mock.patch.dict(os.environ, {"COLUMNS": "200"}):
-        try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                runpy.run_path(str(ROOT / script), run_name="__main__")
-        except SystemExit as ended:
-            status = ended.code or 0
-        finally:
-            log.handlers = handlers
-    return subprocess.CompletedProcess(argv, status, out.getvalue(), err.getvalue())
+    with contextlib.chdir(cwd), mock.patch.dict(os.environ, {"COLUMNS": "200"}):
+        return subprocess.CompletedProcess([script, *arguments], *fuzz.call(script, *arguments))
 
 
 def assert_one_line_error(done: subprocess.CompletedProcess[str], *words: str) -> None:

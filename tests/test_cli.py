@@ -144,7 +144,7 @@ def test_predict_writes_the_digits_that_sample_draws(tiny_run, tmp_path):
     assert abs(predicted["images"].astype(int) - sampled["images"]).max() <= 1
 
 
-def test_two_processes_share_the_steps_that_one_would_take(tmp_path, data_dir):
+def test_two_processes_share_the_steps_that_one_would_take(tmp_path, data_dir, monkeypatch):
     devices = ["--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.strategy", "ddp"]
     done = run("tests/two_ranks.py", "--config", TINY, "--data.data_dir", data_dir, *devices, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -163,6 +163,7 @@ def test_two_processes_share_the_steps_that_one_would_take(tmp_path, data_dir):
     assert done.stdout.count("epoch 2, step 12:") == 1
 
     one = ["--trainer.accelerator", "cpu", "--data.batch_size", 32]
+    monkeypatch.setattr(cli, "CLI", cli.CLI)  # put back afterwards: two_ranks.py replaces it
     done = run_here("tests/two_ranks.py", "--config", TINY, "--data.data_dir", data_dir, *one, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     alone = torch.load(tmp_path / "rank0.pt")

@@ -12,15 +12,13 @@ import time
 import zipfile
 from pathlib import Path
 
+import fuzz
 import pytest
+import resume
 import torch
 from conftest import ROOT, TINY, assert_one_line_error, run, run_here
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-
-sys.path.append(str(ROOT / "benchmarks"))
-import fuzz
-import resume
 
 from flowmatch_mnist.callbacks import EMA, DrawSamples
 from flowmatch_mnist.data import Batches, MNISTDataModule
