@@ -48,7 +48,7 @@ trainer:
 model:
   net:
     class_path: flowmatch_mnist.unet.UNet
-    init_args: {channels: [4, 8, 8], blocks: [1, 1, 1], dropout: 0.1}
+    init_args: {channels: [4, 8, 8], blocks: [1, 2, 2], dropout: 0.1}
   optimizer: {class_path: flowmatch_mnist.muon.Muon, init_args: {lr: 4e-3}}
   warmup_steps: 20
   sampler: {steps: 2, solver: euler}

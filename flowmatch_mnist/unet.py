@@ -2,10 +2,11 @@
 
     x ── stem ── encoder 28 ──────── skip ──────── decoder 28 ── head ── v
                      └─ encoder 14 ── skip ── decoder 14 ─┘
-                            └─ encoder 7 ─ skip ─ decoder 7 ─┘
-                                    └── middle ──┘
+                              └──── middle 7 ────┘
 
-A convolution at 28x28 costs sixteen times the same one at 7x7, so the first stage is thin and the width sits below it.
+A convolution at 28x28 costs sixteen times the same one at 7x7, so the first stage is thin and short, and the width sits below
+it. A skip adds what the encoder found to what comes up from below; to put the two side by side would cost the decoder's first
+convolution twice the operations. Both are measured in benchmarks/README.md.
 
 Sources: Ronneberger et al. 2015 (UNet); Ho et al. 2020, appendix B (time embedding, attention at the coarsest scale);
 Dhariwal and Nichol 2021, section 3 (adaptive group normalisation); Goyal et al. 2017 (zero-initialised last layers).
@@ -16,7 +17,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -38,24 +38,23 @@ def zero_(layer: nn.Conv2d) -> nn.Conv2d:
 class ResidualBlock(nn.Module):
     """Two convolutions beside a short cut; the embedding scales and shifts the second normalisation.
 
-    Shapes: x (B, channels, H, W), embedding (B, embedding_dim) -> (B, out_channels, H, W).
+    Shapes: x (B, channels, H, W), embedding (B, embedding_dim) -> (B, channels, H, W).
     """
 
-    def __init__(self, channels: int, out_channels: int, embedding_dim: int, dropout: float = 0.0) -> None:
+    def __init__(self, channels: int, embedding_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm1 = group_norm(channels)
-        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.modulation = nn.Linear(embedding_dim, 2 * out_channels)
-        self.norm2 = group_norm(out_channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.modulation = nn.Linear(embedding_dim, 2 * channels)
+        self.norm2 = group_norm(channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero_(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
+        self.conv2 = zero_(nn.Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.norm2(h) * (1 + scale) + shift
-        return self.shortcut(x) + self.conv2(self.dropout(F.silu(h)))
+        return x + self.conv2(self.dropout(F.silu(h)))
 
 
 class SelfAttention(nn.Module):
@@ -79,27 +78,27 @@ class SelfAttention(nn.Module):
 
 
 class Stage(nn.Module):
-    """Residual blocks at one resolution, and attention after them if asked for."""
+    """Residual blocks at one resolution, each followed by attention if asked for."""
 
-    def __init__(self, channels: int, out_channels: int, blocks: int, attention: bool, **block: Any) -> None:
+    def __init__(self, channels: int, blocks: int, attention: bool, **block: Any) -> None:
         super().__init__()
-        widths = [channels] + [out_channels] * blocks
-        self.blocks = nn.ModuleList(ResidualBlock(i, o, **block) for i, o in pairwise(widths))
-        self.attention = SelfAttention(out_channels) if attention else nn.Identity()
+        self.blocks = nn.ModuleList(ResidualBlock(channels, **block) for _ in range(blocks))
+        self.attention = nn.ModuleList(SelfAttention(channels) if attention else nn.Identity() for _ in range(blocks))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x, embedding)
-        return self.attention(x)
+        for block, attention in zip(self.blocks, self.attention, strict=True):
+            x = attention(block(x, embedding))
+        return x
 
 
 class UNet(Network):
-    """A class-conditioned UNet with one skip connection from every encoder stage to its decoder stage.
+    """A class-conditioned UNet with a skip connection from every encoder stage to its decoder stage.
 
     Args:
         channels: width of each stage, finest (28x28) first; each further stage halves the resolution.
-        blocks: residual blocks in each stage, in the encoder and again in the decoder.
-        attention: for each stage, whether self-attention follows its blocks.
+        blocks: residual blocks at each resolution. Half of them are in its encoder stage, the rest, with the odd one, in its
+            decoder stage; those of the coarsest are the middle.
+        attention: for each resolution, whether self-attention follows each of its blocks.
         classes: number of labels; label `classes` itself means "no label" (for guidance).
         embedding_dim: width of the embedding of time and label.
         image_channels: channels of x and of v.
@@ -114,7 +113,7 @@ class UNet(Network):
     def __init__(
         self,
         channels: Sequence[int] = (16, 48, 96),
-        blocks: Sequence[int] = (1, 1, 2),
+        blocks: Sequence[int] = (1, 2, 2),
         attention: Sequence[bool] = (False, False, True),
         classes: int = 10,
         embedding_dim: int = 128,
@@ -148,18 +147,19 @@ class UNet(Network):
         self.shape = (image_channels, image_size, image_size)
         self.time = TimeEmbedding(embedding_dim)
         self.label = nn.Embedding(classes + 1, embedding_dim)
-        block = {"embedding_dim": embedding_dim, "dropout": dropout}
+        block: dict[str, Any] = {"embedding_dim": embedding_dim, "dropout": dropout}
 
         self.stem = nn.Conv2d(image_channels, channels[0], 3, padding=1)
         self.encoder, self.down = nn.ModuleList(), nn.ModuleList()
         self.decoder, self.up = nn.ModuleList(), nn.ModuleList()
-        for width, depth, attend in zip(channels, blocks, attention, strict=True):
-            self.encoder.append(Stage(width, width, depth, attend, **block))
-            self.decoder.append(Stage(2 * width, width, depth, attend, **block))
+        *stages, coarsest = zip(channels, blocks, attention, strict=True)
+        for width, depth, attend in stages:
+            self.encoder.append(Stage(width, depth // 2, attend, **block))
+            self.decoder.append(Stage(width, depth - depth // 2, attend, **block))
         for fine, coarse in pairwise(channels):
             self.down.append(nn.Conv2d(fine, coarse, 2, stride=2))
             self.up.append(nn.ConvTranspose2d(coarse, fine, 2, stride=2))
-        self.middle = Stage(channels[-1], channels[-1], 1, attention[-1], **block)
+        self.middle = Stage(*coarsest, **block)
         self.head = nn.Sequential(
             group_norm(channels[0]), nn.SiLU(), zero_(nn.Conv2d(channels[0], image_channels, 3, padding=1))
         )
@@ -169,11 +169,10 @@ class UNet(Network):
         embedding = F.silu(self.time(t) + self.label(y))
         h = self.stem(x)
         skips = []
-        for level, stage in enumerate(self.encoder):
-            h = stage(self.down[level - 1](h) if level else h, embedding)
-            skips.append(h)
+        for stage, down in zip(self.encoder, self.down, strict=True):
+            skips.append(stage(h, embedding))
+            h = down(skips[-1])
         h = self.middle(h, embedding)
-        for level in reversed(range(len(skips))):
-            h = self.decoder[level](torch.cat([h, skips[level]], dim=1), embedding)
-            h = self.up[level - 1](h) if level else h
+        for stage, up, skip in reversed(list(zip(self.decoder, self.up, skips, strict=True))):
+            h = stage(up(h) + skip, embedding)
         return self.head(h)

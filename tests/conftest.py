@@ -38,7 +38,7 @@ def data_dir() -> Path:
 @pytest.fixture
 def tiny_net() -> UNet:
     """A small network with nothing at zero, so that every part of it matters."""
-    net = UNet(channels=(4, 8, 8), blocks=(1, 1, 1))
+    net = UNet(channels=(4, 8, 8), blocks=(1, 2, 2))
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return net.eval()

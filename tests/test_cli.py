@@ -17,7 +17,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flowmatch_mnist import cli
-from flowmatch_mnist.generate import load
+from flowmatch_mnist.models import load
 
 
 def events(version: Path) -> EventAccumulator:
@@ -51,7 +51,7 @@ def test_a_run_leaves_config_checkpoints_pictures_and_events(tiny_run):
 
 def test_what_it_prints_is_few_lines(tiny_run):
     lines = (tiny_run / "stdout").read_text().splitlines()
-    assert lines[0].startswith("training UNet (0.05 M parameters) on 1 x ") and lines[0].endswith("runs/tiny/version_0")
+    assert lines[0].startswith("training UNet (0.04 M parameters) on 1 x ") and lines[0].endswith("runs/tiny/version_0")
     assert [line for line in lines if line.startswith("epoch 2, step 12: train loss")]
     assert (tiny_run / "stderr").read_text() == ""
 

@@ -37,7 +37,7 @@ def test_a_toy_trains_and_draws_its_curve(name, tmp_path):
 
 
 def test_ddpm_trains_and_draws_by_ancestral_sampling(tmp_path, data_dir):
-    tiny = ["--model.net.channels=[4,8,8]", "--model.net.blocks=[1,1,1]", "--model.compile", "false"]
+    tiny = ["--model.net.channels=[4,8,8]", "--model.net.blocks=[1,2,2]", "--model.compile", "false"]
     short = ["--trainer.max_steps", 4, "--trainer.val_check_interval", 4, "--trainer.limit_val_batches", 1]
     data = ["--data.data_dir", data_dir, "--data.batch_size", 16]
     done = run_here("train.py", "--config", ROOT / "configs/ddpm.yaml", *tiny, *short, *data, cwd=tmp_path)
