@@ -31,6 +31,7 @@ FRAMES = 61
 # Written out here, since importing them would import torch before a mistake on the command line could be told.
 SOLVERS = ("euler", "midpoint", "heun", "rk4", "dpmpp_2m", "dopri5")
 SPACINGS = ("uniform", "log_snr")
+WEIGHTS = ("mnist",)
 
 
 class Parser(argparse.ArgumentParser):
@@ -92,7 +93,10 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("labels", type=labels, nargs="+", metavar="LABEL", help="digits or ranges of digits, a column of the grid each")
     add("--per-class", type=positive, default=1, metavar="N", help="rows of the grid (default: 1)")
-    add("--checkpoint", type=Path, metavar="FILE", help="the model (default: last.ckpt of the newest run)")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--checkpoint", type=Path, metavar="FILE", help="the model (default: last.ckpt of the newest run, if there is one)")
+    add("--weights", choices=WEIGHTS, help="the model: trained weights in the package (default, before there is a run)")
+    add = parser.add_argument
     add("--out", type=Path, default="digits.png", metavar="FILE", help="a grid .png, arrays .npz, or the way there .gif")
     add("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     add("--batch-size", type=positive, default=250, metavar="N", help="digits drawn at a time (default: 250)")
@@ -172,11 +176,12 @@ def main() -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from flowmatch_mnist.generate import generate, load_digits
+    from flowmatch_mnist.generate import generate
+    from flowmatch_mnist.models import PRETRAINED, load_digits
     from flowmatch_mnist.pictures import grid, save_gif, save_npz, save_png
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    checkpoint, flow, sampler = load_digits(options.checkpoint, device)
+    model, flow, sampler = load_digits(PRETRAINED[options.weights] if options.weights else options.checkpoint, device)
     settings = ("steps", "solver", "guidance", "guidance_interval", "spacing", "churn")
     asked = {name: getattr(options, name) for name in settings if getattr(options, name) is not None}
     try:
@@ -213,7 +218,7 @@ def main() -> None:
             shown = torch.linspace(0, len(digits.states) - 1, min(len(digits.states), FRAMES)).round().long()
             save_gif(torch.stack([grid(frame, columns) for frame in digits.states[shown]]), options.out)
     how = f"{sampler.description()}, {digits.evaluations} evaluations each, seed {options.seed}"
-    print(f"drew {len(y)} digit{'s' * (len(y) > 1)} with {checkpoint} ({how})")
+    print(f"drew {len(y)} digit{'s' * (len(y) > 1)} with {model} ({how})")
     print(f"wrote {options.out} after {time.perf_counter() - started:.1f} s")
 
 

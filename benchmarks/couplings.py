@@ -16,7 +16,8 @@ import torch
 from flowmatch_mnist.couplings import COUPLINGS
 from flowmatch_mnist.data import MNISTDataModule, PairsDataModule
 from flowmatch_mnist.errors import exit_on_error
-from flowmatch_mnist.generate import Sampler, Samples, generate, load, newest_checkpoint
+from flowmatch_mnist.generate import Sampler, Samples, generate
+from flowmatch_mnist.models import load, newest_checkpoint
 from flowmatch_mnist.toy import CurveDataModule
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -38,8 +38,9 @@ from rich.table import Table
 
 from flowmatch_mnist import digitnet, mnist
 from flowmatch_mnist.errors import UserError
-from flowmatch_mnist.files import load_weights, save_checkpoint
-from flowmatch_mnist.generate import KEY, Flow, Sampler, load
+from flowmatch_mnist.files import save_checkpoint
+from flowmatch_mnist.generate import Flow, Sampler
+from flowmatch_mnist.models import KEY, load, save
 from flowmatch_mnist.unet import UNet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,9 +135,11 @@ def kinds(folder: Path, data_dir: Path) -> dict[str, Kind]:
     """The kinds of files there are, from genuine ones; `folder` is where they may lie."""
     checkpoint = folder / "tiny.ckpt"
     torch.manual_seed(0)
-    flow = Flow(UNet((4, 8, 8), (1, 1, 1)))
+    flow = Flow(UNet((4, 8, 8), (1, 2, 2)))
     weights = {f"net.{name}": value for name, value in flow.net.state_dict().items()}
-    save_checkpoint(checkpoint, {"state_dict": weights, KEY: flow.describe(Sampler(steps=1, solver="euler")), "global_step": 1})
+    sampler, model = Sampler(steps=1, solver="euler"), folder / "tiny.safetensors"
+    save(model, flow, sampler, {"seed": "0"})
+    save_checkpoint(checkpoint, {"state_dict": weights, KEY: flow.describe(sampler), "global_step": 1})
     images, labels = (mnist.find(data_dir, name) for name in mnist.FILES["test"])
     assert images is not None and labels is not None
     (folder / mnist.FILES["test"][0]).write_bytes(images)
@@ -148,7 +151,7 @@ def kinds(folder: Path, data_dir: Path) -> dict[str, Kind]:
 
     return {
         "checkpoint": Kind(checkpoint.read_bytes(), "broken.ckpt", take_checkpoint),
-        "weights": Kind(digitnet.WEIGHTS.read_bytes(), "broken.safetensors", lambda path: plain(load_weights(path))),
+        "weights": Kind(model.read_bytes(), "broken.safetensors", take_checkpoint),
         "data": Kind(labels, mnist.FILES["test"][1], take_data),
         "data, gzipped": Kind(gzip.compress(labels, mtime=0), mnist.FILES["test"][1] + ".gz", take_data),
         "config": Kind(TINY.read_bytes(), "broken.yaml", lambda path: run_command("train.py", "fit", "--config", path)),

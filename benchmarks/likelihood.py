@@ -22,8 +22,9 @@ from torch import Tensor
 from flowmatch_mnist import mnist, streams
 from flowmatch_mnist.errors import UserError, exit_on_error
 from flowmatch_mnist.files import save_json
-from flowmatch_mnist.generate import Sampler, load_digits
+from flowmatch_mnist.generate import Sampler
 from flowmatch_mnist.likelihood import INTEGRATOR, marginal_log_likelihood
+from flowmatch_mnist.models import load_digits
 from flowmatch_mnist.pixels import PIXELS, bits_per_dimension, dequantize
 from flowmatch_mnist.solvers import SOLVERS, Spacing
 

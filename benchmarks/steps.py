@@ -18,7 +18,8 @@ from rich.progress import track
 from flowmatch_mnist.data import MNISTDataModule
 from flowmatch_mnist.errors import UserError, exit_on_error
 from flowmatch_mnist.files import replacing, save_json
-from flowmatch_mnist.generate import Flow, Sampler, generate, load_digits
+from flowmatch_mnist.generate import Flow, Sampler, generate
+from flowmatch_mnist.models import load_digits
 from flowmatch_mnist.solvers import SOLVERS
 
 EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "dpmpp_2m": 1}

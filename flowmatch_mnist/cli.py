@@ -20,7 +20,7 @@ from flowmatch_mnist.callbacks import EMA, DrawSamples, Evaluate, Report, WriteS
 from flowmatch_mnist.data import PairsDataModule
 from flowmatch_mnist.errors import UserError, exit_on_error, one_line
 from flowmatch_mnist.files import replacing
-from flowmatch_mnist.generate import KEY, newest_checkpoint, read_checkpoint
+from flowmatch_mnist.models import KEY, newest_checkpoint, read_checkpoint
 from flowmatch_mnist.module import FlowMatching
 from flowmatch_mnist.network import Network
 from flowmatch_mnist.saving import CheckpointFiles, SaveLast, end_together, requeued

@@ -1,35 +1,21 @@
-"""From saved weights to digits by label. `sample.py` and the training's callbacks both call this."""
+"""From a network to digits by label. `sample.py` and the training's callbacks both call this."""
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowmatch_mnist import streams
-from flowmatch_mnist.convert import PREDICTIONS, Prediction, StraightVelocity
-from flowmatch_mnist.errors import UserError, one_line
-from flowmatch_mnist.files import damage, load_checkpoint
+from flowmatch_mnist.convert import Prediction, StraightVelocity
 from flowmatch_mnist.guidance import Guided
-from flowmatch_mnist.mlp import MLP
 from flowmatch_mnist.network import Network
 from flowmatch_mnist.paths import PATHS, PathName
 from flowmatch_mnist.pixels import PIXELS, PixelsName
 from flowmatch_mnist.solvers import Draw, Spacing, check_solver, time_grid, trajectory
-from flowmatch_mnist.unet import UNet
-
-log = logging.getLogger(__name__)
-
-KEY = "flowmatch_mnist"
-"""Where in a checkpoint the description of its network stands."""
-
-NETWORKS: dict[str, type[Network]] = {"UNet": UNet, "MLP": MLP}
-"""The networks that a checkpoint may name. A file from a stranger must not choose what is imported."""
 
 
 @dataclass
@@ -137,82 +123,6 @@ class Flow:
             "pixels": self.pixels,
             "sampler": asdict(sampler) | {"guidance_interval": list(sampler.guidance_interval)},
         }
-
-
-def newest_checkpoint(runs: Path = Path("runs"), name: str = "*", file: str = "last.ckpt") -> Path:
-    """The whole checkpoint called `file` that was written most recently, of the runs called `name` (any, by default).
-
-    One that is damaged is named, and gives way to its run's `best.ckpt`, then to the next newest.
-
-    Raises:
-        UserError: if there is none.
-    """
-    found = [path for path in runs.glob(f"{name}/version_*/checkpoints/{file}") if path.is_file()]
-    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
-        for candidate in dict.fromkeys([path, path.with_name("best.ckpt")]):
-            if not (wrong := damage(candidate)):
-                return candidate
-            log.warning("passing over %s: %s", candidate, wrong)
-    raise UserError(
-        f"no {'whole ' * bool(found)}{file} of a run below {runs}/{name}; train a model with `python train.py`, or name a "
-        "checkpoint"
-    )
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of this project, on the CPU. Only tensors and plain values are read: no file can run code.
-
-    Raises:
-        UserError: if the file is missing, damaged, or not one of this project's checkpoints.
-    """
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}; check the path, or train one with `python train.py`")
-    checkpoint = load_checkpoint(path)
-    if not isinstance(checkpoint.get(KEY), dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise UserError(f"{path} is no checkpoint of this project; use one that train.py wrote")
-    return checkpoint
-
-
-def load(path: Path, device: torch.device | str = "cpu") -> tuple[Flow, Sampler]:
-    """The network of a checkpoint, with its averaged weights, ready to sample, and the sampler of its config.
-
-    Raises:
-        UserError: if the file is missing, damaged, of another shape than it says, or names what this program does not know.
-    """
-    checkpoint = read_checkpoint(path)
-    held = checkpoint[KEY]
-    for what, known in (("network", NETWORKS), ("path", PATHS), ("prediction", PREDICTIONS), ("pixels", PIXELS)):
-        if held.get(what) not in known:
-            raise UserError(f"{path} holds a {what} {held.get(what)!r}; this program knows {', '.join(known)}")
-    try:
-        net = NETWORKS[held["network"]](**held["arguments"])
-        weights = {key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items()}
-        net.load_state_dict(weights)
-        sampler = Sampler(**held["sampler"])
-    except Exception as error:  # a damaged description can fail in any way a constructor can
-        raise UserError(f"the weights in {path} do not fit its network: {one_line(error)[:200]}; use another") from error
-    # Channels last, convolutions are faster by half, on processors too.
-    net.to(memory_format=torch.channels_last)
-    return Flow(net.to(device).eval(), held["path"], held["prediction"], held["pixels"]), sampler
-
-
-def load_digits(path: Path | None, device: str) -> tuple[Path, Flow, Sampler]:
-    """What `load` gives of a checkpoint that draws digits, and its path: the newest run's last, if it is None.
-
-    Raises:
-        UserError: as `load` does, and if there is no such device, or the model draws something else.
-    """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"no device {device!r} here; use --device cpu") from error
-    checkpoint = path or newest_checkpoint()
-    flow, sampler = load(checkpoint, device)
-    if flow.net.shape != (1, 28, 28) or flow.net.no_label != 10:
-        raise UserError(
-            f"{checkpoint} draws no digits (its samples have shape {flow.net.shape}); name another with --checkpoint"
-        )
-    return checkpoint, flow, sampler
 
 
 def draw_noise(count: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

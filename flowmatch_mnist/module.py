@@ -15,8 +15,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from flowmatch_mnist import streams
 from flowmatch_mnist.convert import Prediction, target
 from flowmatch_mnist.data import Pairs
-from flowmatch_mnist.generate import KEY, Flow, Sampler, churn_noise
+from flowmatch_mnist.generate import Flow, Sampler, churn_noise
 from flowmatch_mnist.guidance import drop_labels
+from flowmatch_mnist.models import KEY
 from flowmatch_mnist.network import Network
 from flowmatch_mnist.paths import PATHS, PathName
 from flowmatch_mnist.times import LogitNormal, TimeDensity, fixed_times

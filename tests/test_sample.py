@@ -1,5 +1,6 @@
 """`sample.py` as a person runs it, and the functions below it."""
 
+import json
 import os
 import pickle
 import re
@@ -11,10 +12,13 @@ from conftest import ROOT, Evil, assert_one_line_error, run, run_here
 from PIL import Image
 
 from flowmatch_mnist import mnist
+from flowmatch_mnist.data import MNISTDataModule
 from flowmatch_mnist.errors import UserError
-from flowmatch_mnist.files import replacing, save_checkpoint
-from flowmatch_mnist.generate import Flow, Sampler, generate, load, newest_checkpoint
+from flowmatch_mnist.files import load_weights, replacing, save_checkpoint, save_weights
+from flowmatch_mnist.generate import Flow, Sampler, generate
+from flowmatch_mnist.models import PRETRAINED, load, newest_checkpoint, save
 from flowmatch_mnist.pictures import grid
+from sample import WEIGHTS
 
 CHECKPOINT = "runs/tiny/version_0/checkpoints/last.ckpt"
 
@@ -173,8 +177,42 @@ def test_the_evil_file_would_have_worked_without_our_care(tmp_path, monkeypatch)
     assert (tmp_path / "owned").is_dir()
 
 
-def test_without_any_run_it_says_what_to_do(tmp_path):
-    assert_one_line_error(run("sample.py", "7", cwd=tmp_path), "no last.ckpt", "train.py")
+def test_without_any_run_it_draws_with_the_weights_in_the_package(tmp_path):
+    stdout = sample(tmp_path, "0-9", run=run)
+    assert "mnist.safetensors" in stdout and (tmp_path / "digits.png").is_file()
+
+
+def test_the_weights_in_the_package_can_be_asked_for_beside_a_run(tiny_run):
+    assert "mnist.safetensors" in sample(tiny_run, "7", "--weights", "mnist", "--steps", 1)
+    assert_one_line_error(
+        run_here("sample.py", "7", "--weights", "mnist", "--checkpoint", CHECKPOINT, cwd=tiny_run), "not allowed with"
+    )
+    assert set(WEIGHTS) == set(PRETRAINED)
+
+
+def test_the_weights_in_the_package_draw_as_well_as_they_say(data_dir):
+    """A few of the digits whose figures stand in the file, drawn and measured anew."""
+    flow, sampler = load(PRETRAINED["mnist"])
+    said = load_weights(PRETRAINED["mnist"])[1]
+    count = min(map(int, json.loads(said["figures"])))
+    figures = json.loads(said["figures"])[str(count)]
+    data = MNISTDataModule(data_dir)
+    data.setup("test")
+    measured = {f.name: f.value for f in data.measure(generate(flow, torch.arange(count) % 10, sampler), "test", "cpu")}
+    assert measured["label accuracy"] > 0.985
+    assert measured["Frechet distance"] == pytest.approx(figures["Frechet distance"][0], rel=0.1)
+    assert PRETRAINED["mnist"].stat().st_size < 8e6 and said["command"].startswith("python train.py")
+
+
+def test_a_saved_model_is_loaded_as_it_was(tmp_path, tiny_net):
+    flow, sampler = Flow(tiny_net, "vp", "noise", "logit"), Sampler(3, "heun", 2.0, (0.1, 0.9))
+    save(tmp_path / "model.safetensors", flow, sampler, {"seed": "7"})
+    again, its_sampler = load(tmp_path / "model.safetensors")
+    assert again.describe(its_sampler) == flow.describe(sampler)
+    assert all(torch.equal(a, b) for a, b in zip(again.net.parameters(), flow.net.parameters(), strict=True))
+    save_weights(tmp_path / "other.safetensors", flow.net.state_dict(), {})
+    for name, words in (("other.safetensors", "holds no model"), ("none.safetensors", "missing")):
+        assert_one_line_error(run_here("sample.py", "7", "--checkpoint", name, cwd=tmp_path), name, words)
 
 
 def test_the_newest_run_is_chosen(tmp_path):

@@ -24,7 +24,8 @@ from flowmatch_mnist.callbacks import EMA, DrawSamples
 from flowmatch_mnist.data import Batches, MNISTDataModule
 from flowmatch_mnist.errors import UserError
 from flowmatch_mnist.files import damage, load_checkpoint, load_weights, save_checkpoint, save_weights
-from flowmatch_mnist.generate import Sampler, newest_checkpoint
+from flowmatch_mnist.generate import Sampler
+from flowmatch_mnist.models import newest_checkpoint
 from flowmatch_mnist.module import FlowMatching
 from flowmatch_mnist.saving import CheckpointFiles, SaveLast
 from flowmatch_mnist.unet import UNet

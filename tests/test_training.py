@@ -9,7 +9,8 @@ from PIL import Image
 
 from flowmatch_mnist.callbacks import EMA, DrawSamples, Evaluate, Report, averaged, interleave
 from flowmatch_mnist.data import MNISTDataModule
-from flowmatch_mnist.generate import Sampler, load
+from flowmatch_mnist.generate import Sampler
+from flowmatch_mnist.models import load
 from flowmatch_mnist.module import FlowMatching
 from flowmatch_mnist.unet import UNet
 

@@ -1,0 +1,69 @@
+"""Measure a trained model by the ruler, and put it into the package, where `sample.py --weights NAME` finds it.
+
+    python benchmarks/publish.py mnist --checkpoint runs/mnist/version_0/checkpoints/last.ckpt
+
+The file holds the averaged weights, how to sample them, the run's config, seed and command, and the figures: of ten thousand
+digits, and of few enough for a test to draw them again.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import lightning
+import torch
+from rich.progress import Progress
+
+from flowmatch_mnist.data import MNISTDataModule
+from flowmatch_mnist.errors import exit_on_error
+from flowmatch_mnist.generate import Flow, Sampler, generate
+from flowmatch_mnist.models import PRETRAINED, load_digits, newest_checkpoint, read_checkpoint, save
+
+SAMPLES = (10_000, 500)
+"""Of so many digits the figures are taken."""
+
+
+def measure(flow: Flow, sampler: Sampler, data: MNISTDataModule, count: int) -> dict[str, list[float]]:
+    """Draw and measure: each measure's value, and what real digits get in its place."""
+    labels = torch.arange(count) % 10
+    with Progress(transient=True) as progress:
+        task = progress.add_task(f"drawing {count:,} digits", total=count)
+        samples = generate(flow, labels, sampler, seed=0, on_batch=lambda drawn: progress.advance(task, drawn))
+    figures = data.measure(samples, "test", next(flow.net.parameters()).device)
+    return {figure.name: [figure.value, figure.real] for figure in figures if figure.main}
+
+
+def main() -> None:
+    """Measure, write, and say so."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=PRETRAINED)
+    parser.add_argument("--checkpoint", type=Path, help="default: last.ckpt of the newest run of that name")
+    parser.add_argument("--command", help="that trained it (default: python train.py --config configs/NAME.yaml)")
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    checkpoint, flow, sampler = load_digits(options.checkpoint or newest_checkpoint(name=options.name), options.device)
+    data = MNISTDataModule(options.data_dir)
+    data.prepare_data()
+    data.setup("test")
+    figures = {str(count): measure(flow, sampler, data, count) for count in SAMPLES}
+    config = (checkpoint.parent.parent / "config.yaml").read_text()
+    said = {
+        "command": options.command or f"python train.py --config configs/{options.name}.yaml",
+        "config": config,
+        "seed": next(line.split(":")[1].strip() for line in config.splitlines() if line.startswith("seed_everything")),
+        "steps": str(read_checkpoint(checkpoint)["global_step"]),
+        "figures": json.dumps(figures),
+        "versions": json.dumps({"torch": torch.__version__, "lightning": lightning.__version__}),
+    }
+    save(PRETRAINED[options.name], flow, sampler, said)
+    for count, measures in figures.items():
+        told = ", ".join(f"{name} {value:.3f} ({real:.3f})" for name, (value, real) in measures.items())
+        print(f"{int(count):,} digits, {sampler.description()} (real ones): {told}")
+    size = PRETRAINED[options.name].stat().st_size / 1e6
+    print(f"wrote {PRETRAINED[options.name]}, {size:.1f} MB")
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main()

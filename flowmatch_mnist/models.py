@@ -1,0 +1,133 @@
+"""From files to models: the checkpoints that training leaves, and the trained weights in the package."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowmatch_mnist.convert import PREDICTIONS
+from flowmatch_mnist.errors import UserError, one_line
+from flowmatch_mnist.files import damage, load_checkpoint, load_weights, save_weights
+from flowmatch_mnist.generate import Flow, Sampler
+from flowmatch_mnist.mlp import MLP
+from flowmatch_mnist.network import Network
+from flowmatch_mnist.paths import PATHS
+from flowmatch_mnist.pixels import PIXELS
+from flowmatch_mnist.unet import UNet
+
+log = logging.getLogger(__name__)
+
+PRETRAINED = {name: Path(__file__).with_name(f"{name}.safetensors") for name in ("mnist",)}
+"""The trained weights in the package, each named like its config; what else is known of them stands in the file."""
+
+KEY = "flowmatch_mnist"
+"""Where in a file the description of its network stands."""
+
+NETWORKS: dict[str, type[Network]] = {"UNet": UNet, "MLP": MLP}
+"""The networks that a file may name. A file from a stranger must not choose what is imported."""
+
+
+def newest_checkpoint(runs: Path = Path("runs"), name: str = "*", file: str = "last.ckpt") -> Path:
+    """The whole checkpoint called `file` that was written most recently, of the runs called `name` (any, by default).
+
+    One that is damaged is named, and gives way to its run's `best.ckpt`, then to the next newest.
+
+    Raises:
+        UserError: if there is none.
+    """
+    found = [path for path in runs.glob(f"{name}/version_*/checkpoints/{file}") if path.is_file()]
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        for candidate in dict.fromkeys([path, path.with_name("best.ckpt")]):
+            if not (wrong := damage(candidate)):
+                return candidate
+            log.warning("passing over %s: %s", candidate, wrong)
+    raise UserError(
+        f"no {'whole ' * bool(found)}{file} of a run below {runs}/{name}; train a model with `python train.py`, or name a "
+        "checkpoint"
+    )
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of this project, on the CPU. Only tensors and plain values are read: no file can run code.
+
+    Raises:
+        UserError: if the file is missing, damaged, or not one of this project's checkpoints.
+    """
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}; check the path, or train one with `python train.py`")
+    checkpoint = load_checkpoint(path)
+    if not isinstance(checkpoint.get(KEY), dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise UserError(f"{path} is no checkpoint of this project; use one that train.py wrote")
+    return checkpoint
+
+
+def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a file says of its network, and the network's weights, of a checkpoint or of what `save` wrote.
+
+    Raises:
+        UserError: if the file is missing, damaged, or neither of the two.
+    """
+    if path.suffix != ".safetensors":
+        checkpoint = read_checkpoint(path)
+        weights = {key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items()}
+        return checkpoint[KEY], weights
+    weights, said = load_weights(path)
+    try:
+        held = json.loads(said[KEY])
+    except (KeyError, ValueError):
+        held = None
+    if not isinstance(held, dict):
+        raise UserError(f"{path} holds no model of this project; use another")
+    return held, weights
+
+
+def save(path: Path, flow: Flow, sampler: Sampler, said: Mapping[str, str]) -> None:
+    """Write a network's weights, how to sample it, and what else is said of it, as safetensors for `load`."""
+    save_weights(path, flow.net.state_dict(), {**said, KEY: json.dumps(flow.describe(sampler))})
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> tuple[Flow, Sampler]:
+    """The network of a checkpoint, or of what `save` wrote, ready to sample with its averaged weights, and its sampler.
+
+    Raises:
+        UserError: if the file is missing, damaged, of another shape than it says, or names what this program does not know.
+    """
+    held, weights = read_model(path)
+    for what, known in (("network", NETWORKS), ("path", PATHS), ("prediction", PREDICTIONS), ("pixels", PIXELS)):
+        if held.get(what) not in known:
+            raise UserError(f"{path} holds a {what} {held.get(what)!r}; this program knows {', '.join(known)}")
+    try:
+        net = NETWORKS[held["network"]](**held["arguments"])
+        net.load_state_dict(weights)
+        sampler = Sampler(**held["sampler"])
+    except Exception as error:  # a damaged description can fail in any way a constructor can
+        raise UserError(f"the weights in {path} do not fit its network: {one_line(error)[:200]}; use another") from error
+    # Channels last, convolutions are faster by half, on processors too.
+    net.to(memory_format=torch.channels_last)
+    return Flow(net.to(device).eval(), held["path"], held["prediction"], held["pixels"]), sampler
+
+
+def load_digits(path: Path | None, device: str) -> tuple[Path, Flow, Sampler]:
+    """What `load` gives of a model that draws digits, and its path: if it is None, the newest run's last checkpoint, or where
+    there is no run, the weights in the package.
+
+    Raises:
+        UserError: as `load` does, and if there is no such device, or the model draws something else.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"no device {device!r} here; use --device cpu") from error
+    if path is None:
+        try:
+            path = newest_checkpoint()
+        except UserError:
+            path = PRETRAINED["mnist"]
+    flow, sampler = load(path, device)
+    if flow.net.shape != (1, 28, 28) or flow.net.no_label != 10:
+        raise UserError(f"{path} draws no digits (its samples have shape {flow.net.shape}); name another with --checkpoint")
+    return path, flow, sampler
