@@ -1,0 +1,315 @@
+"""Others' flow matching and diffusion beside this project's: the same data, machine and time of training, the same ruler.
+
+    pip install -e '.[rivals]'
+    python benchmarks/rivals.py
+
+trains `configs/quick.yaml`, takes the time, trains each rival for as long, as its own example or documentation says, draws with
+each one's own sampler, measures all with `digitnet`, and writes `docs/rivals.json` and `docs/rivals.png`, a row of digits each.
+What each row stands for, and where it departs from the original, is said in the class that makes it.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from rich.progress import track
+from torch import Tensor, nn
+
+from flowmatch_mnist import mnist
+from flowmatch_mnist.data import MNISTDataModule
+from flowmatch_mnist.errors import exit_on_error
+from flowmatch_mnist.files import save_json
+from flowmatch_mnist.generate import Flow, Sampler, Samples, generate
+from flowmatch_mnist.models import load_digits, newest_checkpoint, read_checkpoint
+from flowmatch_mnist.pictures import grid, save_png
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Rival:
+    """What is trained step by step, and then draws.
+
+    Attributes:
+        batch_size: images of a step.
+        evaluations: of the network for each digit drawn so far, at most.
+    """
+
+    batch_size = 128
+    net: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self) -> None:
+        self.evaluations = 0
+
+    def loss(self, x1: Tensor, y: Tensor) -> Tensor:
+        """Of images x1 (B, 1, 28, 28) in [-1, 1] and their labels y (B,)."""
+        raise NotImplementedError
+
+    def step(self, x1: Tensor, y: Tensor) -> None:
+        """One step of the optimizer."""
+        self.optimizer.zero_grad()
+        self.loss(x1, y).backward()
+        self.optimizer.step()
+
+    def draw(self, y: Tensor) -> Tensor:
+        """Digits (B, 1, 28, 28) in [-1, 1] of the labels y (B,)."""
+        raise NotImplementedError
+
+
+def torchcfm_unet() -> nn.Module:
+    """The network of torchcfm's conditional MNIST example."""
+    from torchcfm.models.unet import UNetModel
+
+    return UNetModel(dim=(1, 28, 28), num_channels=32, num_res_blocks=1, num_classes=10, class_cond=True)
+
+
+class TorchCFM(Rival):
+    """torchcfm's conditional MNIST notebook: its network, matcher, Adam at its defaults, batches of 128; dopri5 at 1e-4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
+
+        self.net = torchcfm_unet()
+        self.matcher = ConditionalFlowMatcher(sigma=0.0)
+        self.optimizer = torch.optim.Adam(self.net.parameters())
+
+    def loss(self, x1: Tensor, y: Tensor) -> Tensor:
+        t, x_t, u_t = self.matcher.sample_location_and_conditional_flow(torch.randn_like(x1), x1)
+        return F.mse_loss(self.net(t, x_t, y), u_t)
+
+    def draw(self, y: Tensor) -> Tensor:
+        from torchdiffeq import odeint
+
+        calls = 0
+
+        def velocity(t: Tensor, x: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return self.net(t, x, y)
+
+        x0 = torch.randn(len(y), 1, 28, 28)
+        x1 = odeint(velocity, x0, torch.linspace(0, 1, 2), atol=1e-4, rtol=1e-4, method="dopri5")[-1]
+        self.evaluations = max(self.evaluations, calls)
+        return x1
+
+
+class FlowMatching(Rival):
+    """flow_matching's path, loss and solver (midpoint, step 0.05), as in its example of the plane; it brings no network for
+    images, so torchcfm's stands in, with Adam at 1e-3 and batches of 128.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        from flow_matching.path import AffineProbPath
+        from flow_matching.path.scheduler import CondOTScheduler
+
+        self.net = torchcfm_unet()
+        self.path = AffineProbPath(scheduler=CondOTScheduler())
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-3)
+
+    def loss(self, x1: Tensor, y: Tensor) -> Tensor:
+        sample = self.path.sample(t=torch.rand(len(x1)), x_0=torch.randn_like(x1), x_1=x1)
+        return (self.net(sample.t, sample.x_t, y) - sample.dx_t).pow(2).mean()
+
+    def draw(self, y: Tensor) -> Tensor:
+        from flow_matching.solver import ODESolver
+        from flow_matching.utils import ModelWrapper
+
+        net = self.net
+        calls = 0
+
+        class Labelled(ModelWrapper):
+            def forward(self, x: Tensor, t: Tensor, **extras: Any) -> Tensor:
+                nonlocal calls
+                calls += 1
+                return net(t.expand(len(x)), x, y)
+
+        x0 = torch.randn(len(y), 1, 28, 28)
+        x1 = ODESolver(velocity_model=Labelled(net)).sample(x_init=x0, method="midpoint", step_size=0.05)
+        self.evaluations = calls
+        assert isinstance(x1, Tensor)
+        return x1
+
+
+class Diffusers(Rival):
+    """diffusers' UNet2DModel with labels, in the sizes of its course's class-conditioned MNIST (32, 64, 64 channels), with that
+    course's schedule, Adam at 1e-3 and batches of 128; drawn by DDIM in 50 steps instead of DDPM in 1,000, which would take
+    twenty times as long.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        from diffusers import DDPMScheduler, UNet2DModel
+
+        self.net = UNet2DModel(
+            sample_size=28,
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=2,
+            block_out_channels=(32, 64, 64),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+            num_class_embeds=10,
+        )
+        self.schedule = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-3)
+
+    def loss(self, x1: Tensor, y: Tensor) -> Tensor:
+        noise, t = torch.randn_like(x1), torch.randint(0, 999, (len(x1),))
+        return F.mse_loss(self.net(self.schedule.add_noise(x1, noise, t), t, class_labels=y).sample, noise)
+
+    def draw(self, y: Tensor) -> Tensor:
+        from diffusers import DDIMScheduler
+
+        schedule = DDIMScheduler.from_config(self.schedule.config)
+        schedule.set_timesteps(50)
+        x = torch.randn(len(y), 1, 28, 28)
+        for t in schedule.timesteps:
+            x = schedule.step(self.net(x, t, class_labels=y).sample, t, x).prev_sample
+        self.evaluations = len(schedule.timesteps)
+        return x
+
+
+class RectifiedFlow(Rival):
+    """rectified-flow-pytorch's Unet(dim=64) and RectifiedFlow, trained as its Trainer does (Adam at 3e-4, batches of 16,
+    gradients clipped at 0.5, averaged weights), drawn by its `sample`. It takes no labels. Three scales in place of its four,
+    since 28 cannot be halved three times.
+    """
+
+    batch_size = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        from ema_pytorch import EMA
+        from rectified_flow_pytorch import RectifiedFlow as Model
+        from rectified_flow_pytorch import Unet
+
+        self.net = Model(Unet(dim=64, dim_mults=(1, 2, 4), channels=1), data_shape=(1, 28, 28))
+        self.averaged = EMA(self.net, forward_method_names=("sample",))
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=3e-4)
+
+    def loss(self, x1: Tensor, y: Tensor) -> Tensor:
+        loss: Tensor = self.net((x1 + 1) / 2)  # it scales to [-1, 1] itself
+        return loss
+
+    def step(self, x1: Tensor, y: Tensor) -> None:
+        self.optimizer.zero_grad()
+        self.loss(x1, y).backward()
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 0.5)
+        self.optimizer.step()
+        self.averaged.update()
+
+    def draw(self, y: Tensor) -> Tensor:
+        calls = 0
+
+        def count(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+
+        hook = self.averaged.ema_model.model.register_forward_hook(count)
+        drawn: Tensor = self.averaged.sample(batch_size=len(y))
+        hook.remove()
+        self.evaluations = calls
+        return drawn * 2 - 1
+
+
+RIVALS: dict[str, Callable[[], Rival]] = {
+    "torchcfm": TorchCFM,
+    "flow_matching": FlowMatching,
+    "diffusers": Diffusers,
+    "rectified-flow-pytorch": RectifiedFlow,
+}
+
+
+def train(rival: Rival, images: Tensor, labels: Tensor, seconds: float) -> int:
+    """Train for so long, after a step that does not count; how many images were seen."""
+    generator = torch.Generator().manual_seed(0)
+    seen = -rival.batch_size
+    start = time.perf_counter()
+    while True:
+        for batch in torch.randperm(len(images), generator=generator).split(rival.batch_size):
+            if len(batch) < rival.batch_size:
+                continue
+            rival.step(images[batch].float()[:, None] / 127.5 - 1, labels[batch])
+            seen += rival.batch_size
+            if seen == 0:
+                start = time.perf_counter()
+            if time.perf_counter() - start > seconds:
+                return seen
+
+
+@torch.no_grad()
+def draw(rival: Rival, labels: Tensor) -> Tensor:
+    """Digits of the labels, uint8 (N, 28, 28), a hundred at a time."""
+    rival.net.eval()
+    drawn = [rival.draw(y) for y in track(labels.split(100), "drawing", transient=True)]
+    return ((torch.cat(drawn)[:, 0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def train_ours(options: argparse.Namespace) -> tuple[float, int, Flow, Sampler]:
+    """Train by `train.py`: the seconds of it all, from start to end, the images seen, the model, and its config's sampler."""
+    quiet = ["--evaluation.every_n_steps", "0", "--sampling.every_n_steps", "0", "--name", "rivals"]
+    start = time.perf_counter()
+    subprocess.run([sys.executable, ROOT / "train.py", "fit", "--config", options.config, *quiet], check=True)
+    seconds = time.perf_counter() - start
+    path, flow, sampler = load_digits(newest_checkpoint(name="rivals"), "cpu")
+    batch_size = yaml.safe_load((path.parent.parent / "config.yaml").read_text())["data"]["init_args"]["batch_size"]
+    return seconds, read_checkpoint(path)["global_step"] * batch_size, flow, sampler
+
+
+def main() -> None:
+    """Train, draw and measure one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS))
+    parser.add_argument("--samples", type=int, default=500, help="digits drawn with each (default: 500)")
+    parser.add_argument("--config", default="configs/quick.yaml", help="of this project's row (default: configs/quick.yaml)")
+    parser.add_argument("--out", type=Path, default=Path("docs/rivals"), help="of the picture and the figures, without ending")
+    options = parser.parse_args()
+    labels = torch.arange(options.samples) % 10
+    data = MNISTDataModule("data")
+    data.prepare_data()
+    data.setup("test")
+    images, digits = mnist.load(Path("data"), "train")
+    rows: dict[str, dict[str, Any]] = {}
+    shown = []
+
+    def report(name: str, seen: int, drawn: Tensor, evaluations: int, drawing: float) -> None:
+        figures = {f.name: f.telling for f in data.measure(Samples(drawn, labels, evaluations), "test", "cpu") if f.main}
+        rows[name] = {
+            "images seen": seen,
+            "images/s": seen / seconds,
+            "evaluations": evaluations,
+            "digits/s": len(labels) / drawing,
+            **figures,
+        }
+        shown.append(drawn[:10])
+        told = ", ".join(f"{what} {value:.4g}" for what, value in rows[name].items())
+        print(f"{name}: {told}", flush=True)
+        contents = {"seconds of training": seconds, "samples": len(labels), "rows": rows}
+        save_json(options.out.with_suffix(".json"), contents)
+        save_png(grid(torch.cat(shown), 10), options.out.with_suffix(".png"))
+
+    seconds, seen, flow, sampler = train_ours(options)
+    start = time.perf_counter()
+    samples = generate(flow, labels, sampler, seed=0)
+    report("flowmatch-mnist", seen, samples.values, samples.evaluations, time.perf_counter() - start)
+    for name in options.rivals:
+        torch.manual_seed(0)
+        rival = RIVALS[name]()
+        seen = train(rival, images, digits, seconds)
+        start = time.perf_counter()
+        drawn = draw(rival, labels)
+        report(name, seen, drawn, rival.evaluations, time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main()

@@ -1,0 +1,112 @@
+"""Throughput of training against batch size, width and processes: does the cost of an image stay flat?
+
+    python benchmarks/scale.py
+
+A step is forward, backward, clipping and the optimizer's, compiled and channels last, of the network of `configs/quick.yaml`
+unless said otherwise. The settings take turns, and the median of their ratios to the first is told: machines are noisy. The
+operations are PyTorch's own count of those in convolutions and products of matrices, forward and backward; the share is of
+what a product of large matrices reaches in the same turns. Processes share the cores, as with `--trainer.devices`.
+"""
+
+import argparse
+import time
+from statistics import median
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from rich.console import Console
+from rich.table import Table
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowmatch_mnist.muon import Muon
+from flowmatch_mnist.unet import UNet
+
+WIDTHS = (16, 48, 96)
+BATCH = 64
+
+
+class Step:
+    """A training step of a network of these widths on batches of this size."""
+
+    def __init__(self, widths: tuple[int, ...], batch: int, device: str, parallel: bool = False) -> None:
+        self.batch, self.device = batch, device
+        net = UNet(widths).to(device, memory_format=torch.channels_last)
+        shape = (batch, 1, 28, 28)
+        self.x, self.u = torch.randn(shape, device=device), torch.randn(shape, device=device)
+        self.t, self.y = torch.rand(batch, device=device), torch.randint(0, 10, (batch,), device=device)
+        with FlopCounterMode(display=False) as counter:
+            net(self.x, self.t, self.y).sum().backward()
+        self.operations = counter.get_total_flops()
+        net.compile()
+        self.net = DistributedDataParallel(net) if parallel else net
+        self.optimizer = Muon(net.parameters())
+        for _ in range(3):
+            self.seconds()
+
+    def seconds(self) -> float:
+        """Of one step."""
+        start = time.perf_counter()
+        (self.net(self.x, self.t, self.y) - self.u).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def product_rate(device: str) -> float:
+    """Operations per second of a product of two matrices of 2,048 rows and columns."""
+    a = torch.randn(2048, 2048, device=device)
+    start = time.perf_counter()
+    (a @ a)[0, 0].item()
+    return 2 * 2048**3 / (time.perf_counter() - start)
+
+
+def one_of(rank: int, processes: int, threads: int, turns: int, told: "mp.SimpleQueue[float]") -> None:
+    """A process among several; the first tells the images per second of all."""
+    torch.set_num_threads(max(1, threads // processes))
+    dist.init_process_group("gloo", "tcp://127.0.0.1:29871", rank=rank, world_size=processes)
+    step = Step(WIDTHS, BATCH // processes, "cpu", parallel=True)
+    if rank == 0:
+        told.put(BATCH / median(step.seconds() for _ in range(turns)))
+    else:
+        for _ in range(turns):
+            step.seconds()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    """Measure in turns, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, nargs="*", default=[16, 32, 128, 256])
+    parser.add_argument("--factors", type=float, nargs="*", default=[0.5, 2.0], help="times the widths (default: 0.5 2)")
+    parser.add_argument("--processes", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    settings = [(WIDTHS, BATCH)] + [(WIDTHS, batch) for batch in options.batches]
+    settings += [(tuple(round(factor * width) for width in WIDTHS), BATCH) for factor in options.factors]
+    torch._dynamo.config.recompile_limit = 10 * len(settings)
+    steps = [Step(widths, batch, options.device) for widths, batch in settings]
+    turns = [([step.seconds() for step in steps], product_rate(options.device)) for _ in range(options.turns)]
+    table = Table("widths", "batch", "images/s", "over the first", "MFLOP an image", "share of the ceiling")
+    for number, ((widths, batch), step) in enumerate(zip(settings, steps, strict=True)):
+        rate = median(batch / seconds[number] for seconds, _ in turns)
+        ratio = median(batch / seconds[number] * seconds[0] / BATCH for seconds, _ in turns)
+        share = median(step.operations / seconds[number] / ceiling for seconds, ceiling in turns)
+        cost = f"{step.operations / batch / 1e6:.0f}"
+        table.add_row("/".join(map(str, widths)), str(batch), f"{rate:.0f}", f"{ratio:.2f}", cost, f"{share:.0%}")
+    Console().print(table)
+    if options.device == "cpu":
+        for processes in options.processes:
+            told = mp.get_context("spawn").SimpleQueue()
+            arguments = (processes, torch.get_num_threads(), options.turns, told)
+            mp.start_processes(one_of, arguments, nprocs=processes, start_method="spawn")
+            print(f"{processes} processes of batch {BATCH // processes}: {told.get():.0f} images/s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""What Lightning costs over a bare loop, and what torchcfm's network costs over this one: images per second in training.
+
+    python benchmarks/speed.py
+    pip install -e '.[rivals]' && python benchmarks/speed.py --torchcfm 2
+
+Every `--every` steps a real `train.py` pauses, and the same network takes as many steps, compiled as there, in a loop of
+nothing but PyTorch; then torchcfm's conditional MNIST example takes a few, if asked to. So all see the same machine, whatever
+else it does, and it is the ratios within a round that are reported.
+"""
+
+import argparse
+import copy
+import sys
+import time
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from flowmatch_mnist import cli, mnist
+from flowmatch_mnist.muon import Muon
+from flowmatch_mnist.paths import PATHS
+from flowmatch_mnist.times import LogitNormal
+
+ROUNDS: list[list[float]] = []
+"""Of each round the images per second: of Lightning, of the bare loop, and of torchcfm, if it was asked for."""
+
+
+class Bare:
+    """The training of `configs/quick.yaml` without Lightning: nothing is logged, validated, saved, shown or checked."""
+
+    def __init__(self, net: torch.nn.Module, batch_size: int) -> None:
+        self.net = copy.deepcopy(net)
+        self.net.compile()
+        self.average = [p.detach().clone() for p in self.net.parameters()]
+        self.optimizer = Muon(self.net.parameters())
+        self.images, self.labels = mnist.load(Path("data"), "train")
+        self.batch_size, self.times, self.path = batch_size, LogitNormal(-0.5), PATHS["linear"]
+        self.generator = torch.Generator().manual_seed(0)
+
+    def step(self) -> None:
+        """One step."""
+        batch = torch.randint(len(self.images), (self.batch_size,))
+        x1, y = self.images[batch, None].float() / 127.5 - 1, self.labels[batch]
+        y[torch.rand(len(y)) < 0.05] = 10
+        x0, t = torch.randn_like(x1), self.times.sample(len(y), self.generator)
+        loss = (self.net(self.path.point(x0, x1, t), t, y) - (x1 - x0)).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, list(self.net.parameters()), 0.002)
+
+
+class Beside(Callback):
+    """Pauses the training, and has others take steps.
+
+    Args:
+        every: steps of a round.
+        torchcfm: steps of torchcfm in a round.
+    """
+
+    def __init__(self, every: int = 25, torchcfm: int = 0) -> None:
+        self.every, self.torchcfm = every, torchcfm
+        self.since = 0.0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the others."""
+        self.batch_size = trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        self.bare = Bare(pl_module.net, self.batch_size)  # type: ignore[arg-type]
+        if self.torchcfm:
+            from rivals import TorchCFM
+
+            self.rival = TorchCFM()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Let the others have their turn."""
+        if batch_idx % self.every:
+            return
+        speeds = [self.every * self.batch_size / (time.perf_counter() - self.since)]
+        start = time.perf_counter()
+        for _ in range(self.every):
+            self.bare.step()
+        speeds.append(self.every * self.batch_size / (time.perf_counter() - start))
+        if self.torchcfm:
+            start = time.perf_counter()
+            for _ in range(self.torchcfm):
+                drawn = torch.randint(len(self.bare.images), (self.rival.batch_size,))
+                self.rival.step(self.bare.images[drawn, None].float() / 127.5 - 1, self.bare.labels[drawn])
+            speeds.append(self.torchcfm * self.rival.batch_size / (time.perf_counter() - start))
+        if batch_idx > self.every:  # before, there was compiling
+            ROUNDS.append(speeds)
+            print(" ".join(f"{speed:8.1f}" for speed in speeds), flush=True)
+        self.since = time.perf_counter()
+
+
+def main() -> None:
+    """Train with pauses, and tell the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--every", type=int, default=25, help="steps of a round (default: 25)")
+    parser.add_argument("--torchcfm", type=int, default=0, metavar="STEPS", help="of torchcfm in a round (default: 0)")
+    options = parser.parse_args()
+    steps = (options.rounds + 2) * options.every + 1
+    sys.argv[1:] = ["fit", "--config", "configs/quick.yaml", "--name", "speed", "--trainer.max_steps", str(steps)]
+    sys.argv += ["--trainer.callbacks+=speed.Beside", f"--trainer.callbacks.every={options.every}"]
+    sys.argv += [f"--trainer.callbacks.torchcfm={options.torchcfm}", "--trainer.val_check_interval", "100000"]
+    sys.argv += ["--evaluation.every_n_steps", "0", "--sampling.every_n_steps", "0"]
+    print("images/s: Lightning, bare" + ", torchcfm" * bool(options.torchcfm))
+    cli.main()
+    rounds = sys.modules["speed"].ROUNDS
+    for what, first, second in (("a bare step over one of Lightning", 1, 0), ("this network over torchcfm's", 0, 2)):
+        if second < len(rounds[0]):
+            ratios = [each[first] / each[second] for each in rounds]
+            low, _, high = quantiles(ratios, n=4)
+            print(f"{what}: {median(ratios):.3f} times the images/s (quartiles {low:.3f} to {high:.3f}, {len(ratios)} rounds)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Wall time to quality: how good the digits are, minutes after `train.py` was typed.
+
+    python benchmarks/time_to_quality.py --config configs/quick.yaml --seeds 0 1 2
+
+The time runs from the start of the process to its end, with loading, compiling, validation and saving, without the evaluations
+and pictures that the config asks for: those are turned off. On the way the averaged weights are put aside every so often, and
+measured when the run is over. Writes `docs/time_to_quality.json` and `.png`.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from matplotlib.figure import Figure
+
+from flowmatch_mnist.callbacks import averaged
+from flowmatch_mnist.data import MNISTDataModule
+from flowmatch_mnist.errors import UserError, exit_on_error
+from flowmatch_mnist.files import replacing, save_json
+from flowmatch_mnist.generate import generate
+from flowmatch_mnist.models import load, newest_checkpoint, save
+
+ROOT = Path(__file__).resolve().parent.parent
+STARTED = "TIME_TO_QUALITY_STARTED"
+"""The environment variable that tells the run when its command was typed."""
+
+
+class PutAside(Callback):
+    """Puts the averaged weights aside every so many minutes, each in a file named by its second.
+
+    Args:
+        every: minutes.
+    """
+
+    def __init__(self, every: float) -> None:
+        self.every = every * 60
+        self.due = self.every
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Put aside what is due."""
+        seconds = time.time() - float(os.environ[STARTED])
+        if trainer.is_global_zero and seconds >= self.due and trainer.log_dir:
+            module = averaged(trainer, pl_module)  # type: ignore[arg-type]
+            said = {"step": str(trainer.global_step)}
+            save(Path(trainer.log_dir) / f"after_{seconds:05.0f}_s.safetensors", module.flow, module.sampler, said)
+            self.due += self.every
+
+
+def train(options: argparse.Namespace, seed: int) -> list[tuple[float, Path]]:
+    """Train by `train.py`; the seconds and the files of what was put aside, and of what came out."""
+    name = f"time_to_quality_{seed}"
+    command = [sys.executable, ROOT / "train.py", "fit", "--config", options.config, "--name", name, "--seed_everything", seed]
+    command += ["--trainer.callbacks+=time_to_quality.PutAside", f"--trainer.callbacks.every={options.every}"]
+    for what in ("evaluation", "sampling"):
+        command += [f"--{what}.every_n_steps=0", f"--{what}.every_n_epochs=0"]
+    start = time.time()
+    environment = os.environ | {STARTED: str(start), "PYTHONPATH": str(ROOT / "benchmarks")}
+    subprocess.run([*map(str, command), *options.arguments], check=True, env=environment)
+    seconds = time.time() - start
+    last = newest_checkpoint(name=name)
+    aside = sorted(last.parent.parent.glob("after_*_s.safetensors"))
+    return [*((float(path.stem.split("_")[1]), path) for path in aside), (seconds, last)]
+
+
+def draw(runs: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """The ratio of Frechet distances and the label accuracy over the minutes, a curve for each seed."""
+    figure = Figure(figsize=(11, 4.5), dpi=100, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for seed, points in runs.items():
+        minutes = [point["seconds"] / 60 for point in points]
+        left.plot(minutes, [point["Frechet distance ratio"] for point in points], marker=".", label=f"seed {seed}")
+        right.plot(minutes, [point["label accuracy"] for point in points], marker=".")
+    left.set(yscale="log", xlabel="minutes", ylabel="Frechet distance, over that of real data")
+    left.set_yticks(ticks := [1, 1.5, 2, 3, 5, 10], [str(tick) for tick in ticks])
+    right.set(ylim=(0.9, 1.0), xlabel="minutes", ylabel="label accuracy")
+    left.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    with replacing(path) as temporary:
+        figure.savefig(temporary)
+
+
+def main() -> None:
+    """Train for each seed, measure what was put aside, print, write and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/quick.yaml")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--every", type=float, default=2.0, metavar="MINUTES", help="between what is put aside (default: 2)")
+    parser.add_argument("--samples", type=int, default=10_000, help="digits drawn for each point (default: 10000)")
+    parser.add_argument("--last-only", action="store_true", help="measure only what came out in the end")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("docs/time_to_quality"), help="of picture and figures, without ending")
+    parser.add_argument("--arguments", nargs=argparse.REMAINDER, default=[], help="more, for train.py")
+    options = parser.parse_args()
+    if options.samples < 1000 or options.every <= 0:
+        raise UserError("--samples must be at least 1000, and --every more than 0")
+    data = MNISTDataModule("data")
+    data.prepare_data()
+    data.setup("test")
+    runs: dict[str, list[dict[str, float]]] = {}
+    for seed in options.seeds:
+        points = runs[str(seed)] = []
+        for seconds, path in train(options, seed)[-options.last_only :]:
+            flow, sampler = load(path, options.device)
+            samples = generate(flow, torch.arange(options.samples) % 10, sampler, seed=seed)
+            figures = {f.title: f.telling for f in data.measure(samples, "test", torch.device(options.device)) if f.main}
+            points.append({"seconds": seconds, **figures})
+            told = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            print(f"seed {seed}, {seconds:.0f} s: {told}", flush=True)
+            save_json(options.out.with_suffix(".json"), {"config": options.config, "samples": options.samples, "runs": runs})
+            draw(runs, options.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main()
