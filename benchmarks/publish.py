@@ -12,6 +12,7 @@ from pathlib import Path
 
 import lightning
 import torch
+import yaml
 from rich.progress import Progress
 
 from flowmatch_mnist.data import MNISTDataModule
@@ -51,7 +52,7 @@ def main() -> None:
     said = {
         "command": options.command or f"python train.py --config configs/{options.name}.yaml",
         "config": config,
-        "seed": next(line.split(":")[1].strip() for line in config.splitlines() if line.startswith("seed_everything")),
+        "seed": str(yaml.safe_load(config)["seed_everything"]),
         "steps": str(read_checkpoint(checkpoint)["global_step"]),
         "figures": json.dumps(figures),
         "versions": json.dumps({"torch": torch.__version__, "lightning": lightning.__version__}),

@@ -26,9 +26,10 @@ from flowmatch_mnist import mnist
 from flowmatch_mnist.data import MNISTDataModule
 from flowmatch_mnist.errors import exit_on_error
 from flowmatch_mnist.files import save_json
-from flowmatch_mnist.generate import Flow, Sampler, Samples, generate
+from flowmatch_mnist.generate import Flow, Sampler, Samples, generate, to_images
 from flowmatch_mnist.models import load_digits, newest_checkpoint, read_checkpoint
 from flowmatch_mnist.pictures import grid, save_png
+from flowmatch_mnist.pixels import PIXELS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -238,7 +239,7 @@ def train(rival: Rival, images: Tensor, labels: Tensor, seconds: float) -> int:
         for batch in torch.randperm(len(images), generator=generator).split(rival.batch_size):
             if len(batch) < rival.batch_size:
                 continue
-            rival.step(images[batch].float()[:, None] / 127.5 - 1, labels[batch])
+            rival.step(PIXELS["linear"].forward(images[batch, None]), labels[batch])
             seen += rival.batch_size
             if seen == 0:
                 start = time.perf_counter()
@@ -251,7 +252,7 @@ def draw(rival: Rival, labels: Tensor) -> Tensor:
     """Digits of the labels, uint8 (N, 28, 28), a hundred at a time."""
     rival.net.eval()
     drawn = [rival.draw(y) for y in track(labels.split(100), "drawing", transient=True)]
-    return ((torch.cat(drawn)[:, 0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return to_images(torch.cat(drawn))
 
 
 def train_ours(options: argparse.Namespace) -> tuple[float, int, Flow, Sampler]:

@@ -20,32 +20,37 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from flowmatch_mnist import cli, mnist
-from flowmatch_mnist.muon import Muon
+from flowmatch_mnist.guidance import drop_labels
+from flowmatch_mnist.module import FlowMatching
 from flowmatch_mnist.paths import PATHS
-from flowmatch_mnist.times import LogitNormal
+from flowmatch_mnist.pixels import PIXELS
 
 ROUNDS: list[list[float]] = []
 """Of each round the images per second: of Lightning, of the bare loop, and of torchcfm, if it was asked for."""
 
 
 class Bare:
-    """The training of `configs/quick.yaml` without Lightning: nothing is logged, validated, saved, shown or checked."""
+    """A module's training without Lightning: nothing is logged, validated, saved, shown or checked."""
 
-    def __init__(self, net: torch.nn.Module, batch_size: int) -> None:
-        self.net = copy.deepcopy(net)
+    def __init__(self, module: FlowMatching, batch_size: int) -> None:
+        self.net = copy.deepcopy(module.net)
         self.net.compile()
         self.average = [p.detach().clone() for p in self.net.parameters()]
-        self.optimizer = Muon(self.net.parameters())
+        self.optimizer = module.optimizer(self.net.parameters())
         self.images, self.labels = mnist.load(Path("data"), "train")
-        self.batch_size, self.times, self.path = batch_size, LogitNormal(-0.5), PATHS["linear"]
+        self.batch_size, self.module, self.path = batch_size, module, PATHS[module.path]
         self.generator = torch.Generator().manual_seed(0)
+
+    def draw(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (count, 1, 28, 28) in [-1, 1] and their labels (count,)."""
+        batch = torch.randint(len(self.images), (count,))
+        return PIXELS["linear"].forward(self.images[batch, None]), self.labels[batch]
 
     def step(self) -> None:
         """One step."""
-        batch = torch.randint(len(self.images), (self.batch_size,))
-        x1, y = self.images[batch, None].float() / 127.5 - 1, self.labels[batch]
-        y[torch.rand(len(y)) < 0.05] = 10
-        x0, t = torch.randn_like(x1), self.times.sample(len(y), self.generator)
+        x1, y = self.draw(self.batch_size)
+        y = drop_labels(y, self.module.label_dropout, self.net.no_label, torch.rand(len(y)))
+        x0, t = torch.randn_like(x1), self.module.times.sample(len(y), self.generator)
         loss = (self.net(self.path.point(x0, x1, t), t, y) - (x1 - x0)).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
@@ -70,7 +75,7 @@ class Beside(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the others."""
         self.batch_size = trainer.datamodule.batch_size  # type: ignore[attr-defined]
-        self.bare = Bare(pl_module.net, self.batch_size)  # type: ignore[arg-type]
+        self.bare = Bare(pl_module, self.batch_size)  # type: ignore[arg-type]
         if self.torchcfm:
             from rivals import TorchCFM
 
@@ -88,8 +93,7 @@ class Beside(Callback):
         if self.torchcfm:
             start = time.perf_counter()
             for _ in range(self.torchcfm):
-                drawn = torch.randint(len(self.bare.images), (self.rival.batch_size,))
-                self.rival.step(self.bare.images[drawn, None].float() / 127.5 - 1, self.bare.labels[drawn])
+                self.rival.step(*self.bare.draw(self.rival.batch_size))
             speeds.append(self.torchcfm * self.rival.batch_size / (time.perf_counter() - start))
         if batch_idx > self.every:  # before, there was compiling
             ROUNDS.append(speeds)
@@ -104,7 +108,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=25, help="steps of a round (default: 25)")
     parser.add_argument("--torchcfm", type=int, default=0, metavar="STEPS", help="of torchcfm in a round (default: 0)")
     options = parser.parse_args()
-    steps = (options.rounds + 2) * options.every + 1
+    steps = (options.rounds + 1) * options.every + 1
     sys.argv[1:] = ["fit", "--config", "configs/quick.yaml", "--name", "speed", "--trainer.max_steps", str(steps)]
     sys.argv += ["--trainer.callbacks+=speed.Beside", f"--trainer.callbacks.every={options.every}"]
     sys.argv += [f"--trainer.callbacks.torchcfm={options.torchcfm}", "--trainer.val_check_interval", "100000"]

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
+from steps import measure
 
 from flowmatch_mnist.callbacks import averaged
 from flowmatch_mnist.data import MNISTDataModule
 from flowmatch_mnist.errors import UserError, exit_on_error
 from flowmatch_mnist.files import replacing, save_json
-from flowmatch_mnist.generate import generate
 from flowmatch_mnist.models import load, newest_checkpoint, save
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +70,7 @@ def train(options: argparse.Namespace, seed: int) -> list[tuple[float, Path]]:
     return [*((float(path.stem.split("_")[1]), path) for path in aside), (seconds, last)]
 
 
-def draw(runs: dict[str, list[dict[str, float]]], path: Path) -> None:
+def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """The ratio of Frechet distances and the label accuracy over the minutes, a curve for each seed."""
     figure = Figure(figsize=(11, 4.5), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -105,16 +105,14 @@ def main() -> None:
     data = MNISTDataModule("data")
     data.prepare_data()
     data.setup("test")
-    runs: dict[str, list[dict[str, float]]] = {}
+    runs: dict[str, list[dict[str, Any]]] = {}
     for seed in options.seeds:
         points = runs[str(seed)] = []
         for seconds, path in train(options, seed)[-options.last_only :]:
             flow, sampler = load(path, options.device)
-            samples = generate(flow, torch.arange(options.samples) % 10, sampler, seed=seed)
-            figures = {f.title: f.telling for f in data.measure(samples, "test", torch.device(options.device)) if f.main}
-            points.append({"seconds": seconds, **figures})
-            told = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-            print(f"seed {seed}, {seconds:.0f} s: {told}", flush=True)
+            points.append({"seconds": seconds, **measure(flow, sampler, data, options.samples, seed)})
+            told = ", ".join(f"{name} {value:.4g}" for name, value in points[-1].items() if isinstance(value, float))
+            print(f"seed {seed}: {told}", flush=True)
             save_json(options.out.with_suffix(".json"), {"config": options.config, "samples": options.samples, "runs": runs})
             draw(runs, options.out.with_suffix(".png"))
 
