@@ -15,9 +15,9 @@ import time
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from flowmatch_mnist.errors import UserError, exit_on_error, one_line
+from flowmatch_mnist.errors import Parser, UserError, exit_on_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,16 +29,9 @@ FRAMES = 61
 """At most as many states make up an animation."""
 
 # Written out here, since importing them would import torch before a mistake on the command line could be told.
-SOLVERS = ("euler", "midpoint", "heun", "rk4", "dpmpp_2m", "dopri5")
+SOLVERS = ("euler", "midpoint", "heun", "rk4", "dpmpp_2m", "average", "dopri5")
 SPACINGS = ("uniform", "log_snr")
 WEIGHTS = ("mnist",)
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {one_line(message)}; see `python {self.prog} --help`\n")
 
 
 def labels(text: str) -> list[int]:
@@ -89,7 +82,7 @@ def image(text: str) -> tuple[str, int]:
 
 def parse() -> argparse.Namespace:
     """The command line, checked."""
-    parser = Parser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python sample.py", description=__doc__)
     add = parser.add_argument
     add("labels", type=labels, nargs="+", metavar="LABEL", help="digits or ranges of digits, a column of the grid each")
     add("--per-class", type=positive, default=1, metavar="N", help="rows of the grid (default: 1)")
@@ -186,6 +179,7 @@ def main() -> None:
     asked = {name: getattr(options, name) for name in settings if getattr(options, name) is not None}
     try:
         sampler = replace(sampler, **asked)
+        flow.check(sampler)
     except ValueError as error:
         raise UserError(error) from error
 

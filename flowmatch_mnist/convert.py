@@ -69,18 +69,21 @@ class StraightVelocity:
     of DDIM (Song, Meng and Ermon 2020, equation 12), for every path.
 
     Args:
-        predict: (x (B, ...) on the network's path, t () on it) -> the network's output (B, ...).
+        predict: (x (B, ...) on the network's path, t () on it) -> the network's output (B, ...); of a network of mean
+            velocities, which is of the straight path, also (x, t, until).
         path: the network's path.
         prediction: what it puts out.
     """
 
-    def __init__(self, predict: Callable[[Tensor, Tensor], Tensor], path: Path, prediction: Prediction) -> None:
+    def __init__(self, predict: Callable[..., Tensor], path: Path, prediction: Prediction) -> None:
         self.predict = predict
         self.path = path
         self.prediction = prediction
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """The velocity at x (B, ...) and t () of the straight path: (B, ...)."""
+    def __call__(self, x: Tensor, t: Tensor, until: Tensor | None = None) -> Tensor:
+        """The velocity at x (B, ...) and t () of the straight path, or its mean from t to `until` (): (B, ...)."""
+        if until is not None:
+            return self.predict(x, t, until)
         if self.path is STRAIGHT and self.prediction == "velocity":
             return self.predict(x, t)
         log_snr = STRAIGHT.log_snr(t)

@@ -142,6 +142,7 @@ class PairsDataModule(LightningDataModule):
         shape: of one sample.
         classes: how many classes there are.
         kind: what the samples are, in the plural.
+        headlines: the figures to look at first, as TensorBoard names them.
         pixels: the scale of images' grey levels.
         dequantize: whether levels get noise, see `pixels.Pixels`.
     """
@@ -149,6 +150,7 @@ class PairsDataModule(LightningDataModule):
     shape: tuple[int, ...]
     classes: int
     kind = "images"
+    headlines: tuple[str, ...] = ()
     pixels: PixelsName = "linear"
     dequantize = False
 
@@ -274,6 +276,7 @@ class MNISTDataModule(PairsDataModule):
 
     shape = (1, 28, 28)
     classes = 10
+    headlines = tuple(f"quality/{title}" for title in ("Frechet distance ratio", "label accuracy", "precision", "recall"))
 
     def __init__(
         self,

@@ -1,8 +1,10 @@
 """What a person is told when something they gave cannot be used: one line, exit status 2, no traceback."""
 
+import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
@@ -12,6 +14,17 @@ class UserError(Exception):
 def one_line(message: object) -> str:
     """Fold a message onto a single line."""
     return " ".join(str(message).split())
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, and whose help shows the docstring as it is written."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and end with status 2."""
+        self.exit(2, f"error: {one_line(message)}; see `{self.prog} --help`\n")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from flowmatch_mnist.convert import Prediction, StraightVelocity
 from flowmatch_mnist.guidance import Guided
 from flowmatch_mnist.network import Network
 from flowmatch_mnist.paths import PATHS, PathName
+from flowmatch_mnist.pictures import as_png, grid
 from flowmatch_mnist.pixels import PIXELS, PixelsName
 from flowmatch_mnist.solvers import Draw, Spacing, check_solver, time_grid, trajectory
 
@@ -24,7 +25,7 @@ class Sampler:
 
     Args:
         steps: from noise to data, at least 1.
-        solver: euler, midpoint, heun, rk4, dpmpp_2m or dopri5; see `solvers.trajectory`.
+        solver: euler, midpoint, heun, rk4, dpmpp_2m, average or dopri5; see `solvers.trajectory`.
         guidance: classifier-free guidance scale; 1 is off and 0 ignores the label.
         guidance_interval: from and to which t, of the path the network was trained on, guidance acts.
         spacing: of the steps: uniform in the time of that path, or log_snr.
@@ -53,7 +54,7 @@ class Sampler:
     @property
     def reversible(self) -> bool:
         """Whether it goes back from data to noise too."""
-        return not self.churn and self.solver != "dpmpp_2m"
+        return not self.churn and self.solver not in ("dpmpp_2m", "average")
 
     def description(self) -> str:
         """Solver, steps and what else is not at its default, in words."""
@@ -83,12 +84,29 @@ class Flow:
     prediction: Prediction = "velocity"
     pixels: PixelsName = "linear"
 
+    def check(self, sampler: Sampler) -> None:
+        """Raise ValueError for a sampler that asks for mean velocities of a network that knows none."""
+        if sampler.solver == "average" and not self.net.spans:
+            raise ValueError("the solver average needs a network of mean velocities, see configs/meanflow.yaml; choose another")
+
+    def times(self, sampler: Sampler) -> list[float]:
+        """The times on the straight path that the sampler stops at, from 0 to 1."""
+        times: list[float] = time_grid(sampler.steps, sampler.spacing, PATHS[self.path]).tolist()
+        return times
+
     def guided(self, y: Tensor, sampler: Sampler) -> Guided:
         """The network with the labels y (B,) and the sampler's guidance bound; it counts its evaluations."""
         return Guided(self.net, y, sampler.guidance, sampler.guidance_interval)
 
     def states(
-        self, guided: Guided, x: Tensor, sampler: Sampler, *, draw: Draw | None = None, backwards: bool = False
+        self,
+        guided: Guided,
+        x: Tensor,
+        sampler: Sampler,
+        *,
+        draw: Draw | None = None,
+        backwards: bool = False,
+        times: Sequence[float] | None = None,
     ) -> Iterator[Tensor]:
         """The states from noise to data: `sampler.steps` + 1 tensors of the shape of x (B, ...), the first x itself.
 
@@ -98,18 +116,21 @@ class Flow:
             sampler: how.
             draw: where churn's noise comes from.
             backwards: whether to go from data to noise instead.
+            times: to stop at; by default the sampler's.
 
         Raises:
-            ValueError: if a sampler with churn, or with a solver that needs times that rise, should go backwards.
+            ValueError: if the network cannot do what the sampler asks for, or if one with churn, or with a solver that needs
+                times that rise, should go backwards.
             FloatingPointError: if a state is not finite.
         """
-        times = time_grid(sampler.steps, sampler.spacing, PATHS[self.path])
+        self.check(sampler)
+        times = self.times(sampler) if times is None else times
         if backwards:
             if not sampler.reversible:
                 raise ValueError(
                     f"{sampler.description()} goes from noise to data only; going back needs another solver, or churn 0"
                 )
-            times = times.flip(0)
+            times = times[::-1]
         velocity = StraightVelocity(guided, PATHS[self.path], self.prediction)
         return trajectory(velocity, x, times, sampler.solver, churn=sampler.churn, draw=draw)
 
@@ -157,6 +178,10 @@ class Samples:
     labels: Tensor
     evaluations: int
     states: Tensor | None = None
+
+    def _repr_png_(self) -> bytes | None:
+        """How a notebook shows images: a grid of ten columns, or of fewer where there are fewer."""
+        return as_png(grid(self.values, min(10, len(self.values)))) if self.values.dtype == torch.uint8 else None
 
 
 @torch.inference_mode()

@@ -15,12 +15,25 @@ def drop_labels(y: Tensor, probability: float, no_label: int, u: Tensor) -> Tens
     return y.masked_fill(u < probability, no_label)
 
 
-class Guided:
-    """The network's prediction with the labels y (B,) bound: p_uncond + scale (p_cond - p_uncond).
+def guide(net: Network, x: Tensor, t: Tensor, y: Tensor, scale: float, until: Tensor | None = None) -> Tensor:
+    """The guided prediction p_uncond + scale (p_cond - p_uncond): x (B, ...), t, y, until (B,) -> (B, ...).
 
     It is the same rule for velocity, data and noise, which are linear in each other at a given x_t. Scale 1 is off, and 0
     unconditional: either costs one evaluation of the network for each sample. Any other scale costs two, taken in one batch of
     twice the size.
+    """
+    times = [time for time in (t, until) if time is not None]
+    nothing = torch.full_like(y, net.no_label)
+    if scale in (0.0, 1.0):
+        return net(x, times[0], y if scale else nothing, *times[1:])
+    times = [torch.cat([time, time]) for time in times]
+    both = net(torch.cat([x, x]), times[0], torch.cat([y, nothing]), *times[1:])
+    with_label, without = both.unflatten(0, (2, x.shape[0]))
+    return without + scale * (with_label - without)
+
+
+class Guided:
+    """The guided prediction with the labels y (B,) bound, see `guide`.
 
     Args:
         net: the network.
@@ -37,17 +50,13 @@ class Guided:
         self.y = y
         self.scale = scale
         self.interval = interval
-        self.nothing = torch.full_like(y, net.no_label)
         self.evaluations = 0
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """The prediction at x (B, ...) and t (): (B, ...)."""
+    def __call__(self, x: Tensor, t: Tensor, until: Tensor | None = None) -> Tensor:
+        """The prediction at x (B, ...) and t (), or its mean from t to `until` (): (B, ...)."""
         start, end = self.interval
         scale = self.scale if start <= t <= end else 1.0
-        if scale in (0.0, 1.0):
-            self.evaluations += 1
-            return self.net(x, t.to(x).expand(len(x)), self.y if scale else self.nothing)
-        self.evaluations += 2
-        both = self.net(torch.cat([x, x]), t.to(x).expand(2 * len(x)), torch.cat([self.y, self.nothing]))
-        with_label, without = both.chunk(2)
-        return without + scale * (with_label - without)
+        self.evaluations += 1 if scale in (0.0, 1.0) else 2
+        times = [None if time is None else time.to(x).expand(x.shape[0]) for time in (t, until)]
+        assert times[0] is not None
+        return guide(self.net, x, times[0], self.y, scale, times[1])

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowmatch_mnist.network import Network, TimeEmbedding
+from flowmatch_mnist.network import Network
 
 
 class MLP(Network):
@@ -14,28 +14,26 @@ class MLP(Network):
         width: of the hidden layers.
         layers: how many residual layers.
         classes: number of labels; label `classes` itself means "no label".
+        spans: whether to learn mean velocities too, see `meanflow`.
 
     Raises:
         ValueError: if a number is not positive.
     """
 
-    def __init__(self, dim: int = 2, width: int = 128, layers: int = 3, classes: int = 1) -> None:
-        super().__init__()
+    def __init__(self, dim: int = 2, width: int = 128, layers: int = 3, classes: int = 1, spans: bool = False) -> None:
+        super().__init__(classes, width, spans)
         if min(dim, width, layers, classes) < 1:
             raise ValueError(f"dim, width, layers and classes must be positive, got {dim}, {width}, {layers} and {classes}")
-        self.arguments = {"dim": dim, "width": width, "layers": layers, "classes": classes}
-        self.no_label = classes
+        self.arguments = {"dim": dim, "width": width, "layers": layers, "classes": classes, "spans": spans}
         self.shape = (dim,)
-        self.time = TimeEmbedding(width)
-        self.label = nn.Embedding(classes + 1, width)
         self.first = nn.Linear(dim, width)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
         self.modulation = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(layers))
         self.last = nn.Linear(width, dim)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, until: Tensor | None = None) -> Tensor:
         """The prediction at x (B, dim), t (B,) in [0, 1], y (B,) in 0..classes: (B, dim)."""
-        embedding = F.silu(self.time(t) + self.label(y))
+        embedding = self.embed(t, y, until)
         h = self.first(x)
         for layer, modulation in zip(self.hidden, self.modulation, strict=True):
             scale, shift = modulation(embedding).chunk(2, dim=1)

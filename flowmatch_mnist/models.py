@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from flowmatch_mnist.convert import PREDICTIONS
 from flowmatch_mnist.errors import UserError, one_line
 from flowmatch_mnist.files import damage, load_checkpoint, load_weights, save_weights
-from flowmatch_mnist.generate import Flow, Sampler
+from flowmatch_mnist.generate import Flow, Sampler, Samples, generate
 from flowmatch_mnist.mlp import MLP
 from flowmatch_mnist.network import Network
 from flowmatch_mnist.paths import PATHS
@@ -51,6 +52,14 @@ def newest_checkpoint(runs: Path = Path("runs"), name: str = "*", file: str = "l
     )
 
 
+def newest_or_packaged() -> Path:
+    """The newest run's last checkpoint, or where there is no run, the weights in the package."""
+    try:
+        return newest_checkpoint()
+    except UserError:
+        return PRETRAINED["mnist"]
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint of this project, on the CPU. Only tensors and plain values are read: no file can run code.
 
@@ -85,6 +94,28 @@ def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return held, weights
 
 
+def find(weights: str) -> Path:
+    """Where weights are: in the package, if that is their name, else in a file of that name."""
+    return PRETRAINED.get(weights, Path(weights))
+
+
+def take_up(net: Network, path: Path) -> None:
+    """Give a network the weights of a file. What takes in spans, the file may lack.
+
+    Raises:
+        UserError: if the file is missing or damaged, or its weights do not fit.
+    """
+    _, weights = read_model(path)
+    own = net.state_dict()
+    wrong = [name for name, value in weights.items() if name not in own or own[name].shape != value.shape]
+    wrong += [name for name in own if name not in weights and not name.startswith("span.")]
+    if wrong:
+        raise UserError(
+            f"the weights in {path} do not fit the config's network ({', '.join(wrong[:3])}); set model.net as there"
+        )
+    net.load_state_dict(weights, strict=False)
+
+
 def save(path: Path, flow: Flow, sampler: Sampler, said: Mapping[str, str]) -> None:
     """Write a network's weights, how to sample it, and what else is said of it, as safetensors for `load`."""
     save_weights(path, flow.net.state_dict(), {**said, KEY: json.dumps(flow.describe(sampler))})
@@ -111,9 +142,35 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[Flow, Sampler]
     return Flow(net.to(device).eval(), held["path"], held["prediction"], held["pixels"]), sampler
 
 
+def draw(
+    labels: Iterable[int], weights: str | Path = "mnist", *, seed: int = 0, device: str = "cpu", **changes: Any
+) -> Samples:
+    """Draw a sample for each label, in a line.
+
+    Args:
+        labels: of the classes, such as `range(10)`.
+        weights: a name of weights in the package, or a file.
+        seed: of the noise.
+        device: where to compute.
+        changes: of the weights' own sampler: `steps`, `solver`, `guidance` and the rest, see `Sampler`.
+
+    Returns:
+        Of digits, `values` uint8 (N, 28, 28) and `labels`; in a notebook they show themselves.
+
+    Raises:
+        UserError: as `load` does.
+        ValueError: if there is no such label, or the sampler cannot be changed so.
+    """
+    flow, sampler = load(find(str(weights)), device)
+    y = torch.tensor(list(labels), dtype=torch.int64)
+    if not len(y) or not 0 <= int(y.min()) <= int(y.max()) < flow.net.no_label:
+        raise ValueError(f"labels must be some of 0 to {flow.net.no_label - 1}, got {y.tolist()}")
+    finish = None if len(flow.net.shape) == 3 else torch.Tensor.clone
+    return generate(flow, y, replace(sampler, **changes), seed=seed, finish=finish)
+
+
 def load_digits(path: Path | None, device: str) -> tuple[Path, Flow, Sampler]:
-    """What `load` gives of a model that draws digits, and its path: if it is None, the newest run's last checkpoint, or where
-    there is no run, the weights in the package.
+    """What `load` gives of a model that draws digits, and its path; None stands for `newest_or_packaged`.
 
     Raises:
         UserError: as `load` does, and if there is no such device, or the model draws something else.
@@ -122,11 +179,7 @@ def load_digits(path: Path | None, device: str) -> tuple[Path, Flow, Sampler]:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"no device {device!r} here; use --device cpu") from error
-    if path is None:
-        try:
-            path = newest_checkpoint()
-        except UserError:
-            path = PRETRAINED["mnist"]
+    path = path or newest_or_packaged()
     flow, sampler = load(path, device)
     if flow.net.shape != (1, 28, 28) or flow.net.no_label != 10:
         raise UserError(f"{path} draws no digits (its samples have shape {flow.net.shape}); name another with --checkpoint")

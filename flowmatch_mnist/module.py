@@ -17,7 +17,8 @@ from flowmatch_mnist.convert import Prediction, target
 from flowmatch_mnist.data import Pairs
 from flowmatch_mnist.generate import Flow, Sampler, churn_noise
 from flowmatch_mnist.guidance import drop_labels
-from flowmatch_mnist.models import KEY
+from flowmatch_mnist.meanflow import MeanFlow
+from flowmatch_mnist.models import KEY, find, take_up
 from flowmatch_mnist.network import Network
 from flowmatch_mnist.paths import PATHS, PathName
 from flowmatch_mnist.times import LogitNormal, TimeDensity, fixed_times
@@ -27,6 +28,22 @@ INTERVALS = 5
 """Into how many equal intervals of t the validation loss is split."""
 
 Decay = Literal["cosine", "linear", "constant"]
+LossName = Literal["squared", "huber"]
+
+HUBER = 0.01
+"""Below this root mean square of a sample's errors, the loss called huber is nearly quadratic."""
+
+
+def reduce(error: Tensor, loss: LossName) -> Tensor:
+    """The loss of each sample: error (B, ...) -> (B,).
+
+    `squared` is the mean square, whose minimum is the mean: right for velocities, where the mean is what is asked for. `huber`
+    is the pseudo-Huber distance, sqrt(mean square + c^2) - c, by which a sample that is far off does not outweigh the many that
+    are nearly right: for errors that should vanish. Source: Song and Dhariwal 2023, "Improved Techniques for Training
+    Consistency Models", section 3.3.
+    """
+    squares = error.square().flatten(1).mean(1)
+    return squares if loss == "squared" else torch.sqrt(squares + HUBER**2) - HUBER
 
 
 def learning_rate_factor(step: int, warmup_steps: int, total_steps: int, decay: Decay) -> float:
@@ -91,6 +108,9 @@ class FlowMatching(LightningModule):
         times: where in (0, 1) the training looks.
         weighting: the name of a training whose weight at each signal-to-noise ratio the loss should have, see `weighting`;
             by default the squared error of the prediction is taken as it is.
+        loss: squared or huber, see `reduce`; validation's is always squared.
+        mean_flow: how to learn mean velocities too, for sampling in one step; by default they are not learned.
+        start: trained weights to begin with, a file or a name of weights in the package; by default they are drawn at random.
         label_dropout: probability that a sample is trained without its label, in [0, 1]; guidance needs some.
         optimizer: what makes the optimizer from the parameters.
         warmup_steps: optimizer steps over which the learning rate rises.
@@ -112,6 +132,9 @@ class FlowMatching(LightningModule):
         prediction: Prediction = "velocity",
         times: TimeDensity | None = None,
         weighting: WeightingName | None = None,
+        loss: LossName = "squared",
+        mean_flow: MeanFlow | None = None,
+        start: str | None = None,
         label_dropout: float = 0.1,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup_steps: int = 100,
@@ -127,11 +150,16 @@ class FlowMatching(LightningModule):
             raise ValueError(f"label_dropout must lie in [0, 1], got {label_dropout}")
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
+        if mean_flow is not None and (not net.spans or (path, prediction) != ("linear", "velocity")):
+            raise ValueError("mean velocities need a network with spans, the linear path, and prediction velocity")
         self.net = net.to(memory_format=torch.channels_last) if channels_last else net
         self.path: PathName = path
         self.prediction: Prediction = prediction
         self.times = times or LogitNormal()
         self.weighting: WeightingName | None = weighting
+        self.loss_name: LossName = loss
+        self.mean_flow = mean_flow
+        self.start = start
         self.label_dropout = label_dropout
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps
@@ -141,24 +169,36 @@ class FlowMatching(LightningModule):
         self.on_non_finite = on_non_finite
         self.seed = seed
         self._unread: Reading | None = None
+        self.flow.check(self.sampler)
 
     @property
     def flow(self) -> Flow:
         """The network, and how to read what it puts out."""
         return Flow(self.net, self.path, self.prediction)
 
+    def setup(self, stage: str) -> None:
+        """Take up the weights to begin with. Those of a checkpoint come later, and overrule them."""
+        if stage == "fit" and self.start is not None:
+            take_up(self.net, find(self.start))
+
     def on_fit_start(self) -> None:
-        """Compile in place, which leaves the names of the weights as they are."""
+        """Load the teacher, and compile in place, which leaves the names of the weights as they are."""
+        if self.mean_flow is not None:
+            self.mean_flow.prepare(self.net.shape, self.net.no_label, self.device)
         if self.compiles:
             self.net.compile()
 
-    def loss(self, x0: Tensor, x1: Tensor, y: Tensor, t: Tensor) -> Tensor:
-        """The squared error of the prediction at x_t, averaged over pixels: x0, x1 (B, ...), y and t (B,) -> (B,)."""
+    def error(self, x0: Tensor, x1: Tensor, y: Tensor, t: Tensor) -> Tensor:
+        """What the network's prediction at x_t lacks: x0, x1 (B, ...), y and t (B,) -> (B, ...)."""
         path = PATHS[self.path]
-        # Only training goes through compiled code: another batch size, without gradients, would be compiled anew.
-        net = self.net if self.training else self.net.forward
-        error = net(path.point(x0, x1, t), t, y) - target(self.prediction, path, x0, x1, t)
-        return error.square().flatten(1).mean(1)
+        x_t, aim = path.point(x0, x1, t), target(self.prediction, path, x0, x1, t)
+        if not self.training:
+            # Only training goes through compiled code: another batch size, without gradients, would be compiled anew.
+            return self.net.forward(x_t, t, y) - aim
+        if self.mean_flow is None:
+            return self.net(x_t, t, y) - aim
+        u = streams.place(self.trainer).uniform((len(y), 2), self.device, self.seed, "spans")
+        return self.mean_flow.error(self.net, x_t, aim, t, y, self.mean_flow.ends(t, u))
 
     def training_step(self, batch: Pairs, batch_idx: int) -> Tensor:
         """Draw the times, drop some labels, and return the mean loss of the batch."""
@@ -169,7 +209,7 @@ class FlowMatching(LightningModule):
         labels = drop_labels(y, self.label_dropout, self.net.no_label, u)
         # What the network draws itself, for dropout, comes from PyTorch's own generators.
         torch.manual_seed(streams.seed(self.seed, "network", place.step, place.rank))
-        losses = self.loss(x0, x1, labels, t)
+        losses = reduce(self.error(x0, x1, labels, t), self.loss_name)
         if self.weighting is not None:
             losses = losses * loss_weight(self.weighting, self.prediction, PATHS[self.path], self.times, t)
         loss = losses.mean()
@@ -225,10 +265,11 @@ class FlowMatching(LightningModule):
             return  # the last of the global batches may be too small to give every process a sample
         # The places of this process's share in the global batch, see data.Batches.
         positions = torch.arange(len(y), device=self.device) * self.trainer.world_size + self.global_rank
-        t = fixed_times(batch_idx, positions)
-        losses = self.loss(x0, x1, y, t)
+        first, last = self.times.support
+        t = first + (last - first) * fixed_times(batch_idx, positions)
+        losses = reduce(self.error(x0, x1, y, t), "squared")
         self.log(f"loss/{split}", losses.mean(), prog_bar=split == "val", batch_size=len(y), sync_dist=True)
-        for i in range(INTERVALS):
+        for i in range(int(first * INTERVALS), math.ceil(last * INTERVALS)):
             inside = (t * INTERVALS).long() == i
             name = f"loss_by_time/{split} {i / INTERVALS:.1f} to {(i + 1) / INTERVALS:.1f}"
             mean = losses[inside].sum() / inside.sum().clamp(min=1)

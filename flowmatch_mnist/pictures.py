@@ -1,5 +1,6 @@
 """Digits to look at and to keep: grids, animations and arrays."""
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ def save_png(sheet: Tensor, path: Path) -> None:
     """Write a picture, uint8 (H, W) or (H, W, 3), as a PNG."""
     with replacing(path) as temporary:
         Image.fromarray(sheet.numpy()).save(temporary)
+
+
+def as_png(sheet: Tensor) -> bytes:
+    """A picture, uint8 (H, W) or (H, W, 3), as the bytes of a PNG."""
+    Image.fromarray(sheet.numpy()).save(file := BytesIO(), "PNG")
+    return file.getvalue()
 
 
 def save_gif(frames: Tensor, path: Path, milliseconds: int = 80, hold: int = 1200) -> None:

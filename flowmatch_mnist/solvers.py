@@ -7,7 +7,7 @@ Lu et al. 2022, "DPM-Solver++", algorithm 2 (two-step method on the data predict
 Gao et al. 2024, "Diffusion Meets Flow Matching" (noise on the way).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -17,8 +17,8 @@ from torch import Tensor
 from flowmatch_mnist.convert import LOG_SNR_LIMIT, STRAIGHT, pair
 from flowmatch_mnist.paths import Path
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
-"""v(x, t): x (B, ...), t a scalar tensor in [0, 1] -> (B, ...)."""
+Velocity = Callable[..., Tensor]
+"""v(x, t): x (B, ...), t a scalar tensor in [0, 1] -> (B, ...); for `average` also v(x, t, until), the mean from t to there."""
 
 Step = Callable[[Velocity, Tensor, Tensor, Tensor], Tensor]
 """One step of a solver: (v, x at t, t, t_next) -> x at t_next."""
@@ -57,11 +57,19 @@ def rk4(v: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
     return x + h * (k1 + 2 * k2 + 2 * k3 + k4) / 6
 
 
+def average(v: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+    """Follow the mean velocity of the whole step, which a network may have learned. Exact with the true one, in one step.
+
+    Source: Geng et al. 2025, "Mean Flows for One-step Generative Modeling", equation 12.
+    """
+    return x + (t_next - t) * v(x, t, t_next)
+
+
 ONE_STEP: dict[str, Step] = {"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4}
-SOLVERS = (*ONE_STEP, "dpmpp_2m", "dopri5")
+SOLVERS = (*ONE_STEP, "dpmpp_2m", "average", "dopri5")
 
 
-def dpmpp_2m(v: Velocity, x: Tensor, times: Tensor) -> Iterator[Tensor]:
+def dpmpp_2m(v: Velocity, x: Tensor, times: Sequence[Tensor]) -> Iterator[Tensor]:
     """DPM-Solver++(2M): the data prediction, extrapolated along the log-SNR from the step before. Order 2, one evaluation.
 
     A constant prediction x1 would give x_next = r x + (alpha_next - alpha r) x1 exactly, with r = sigma_next / sigma. At the
@@ -141,7 +149,7 @@ def check_solver(solver: str, steps: int, spacing: str = "uniform", churn: float
 def trajectory(
     v: Velocity,
     x: Tensor,
-    times: Tensor,
+    times: Tensor | Sequence[float],
     solver: str = "midpoint",
     *,
     churn: float = 0.0,
@@ -165,32 +173,36 @@ def trajectory(
         FloatingPointError: if a state is not finite; it says in which step, and at which t.
     """
     check_solver(solver, len(times) - 1, churn=churn)
-    times = times.to(x.dtype)  # on the CPU, where asking for their values makes no GPU wait
+    # On the CPU, where asking for their values makes no GPU wait; each by itself, so that they are constants of an export.
+    values = times.tolist() if isinstance(times, Tensor) else times
+    moments = [torch.tensor(t, dtype=x.dtype) for t in values]
     if solver == "dopri5":
         # Imported where it is used: it brings SciPy along, and sampling should start fast.
         from torchdiffeq import odeint
 
         # Stopped at the last time: torchdiffeq would step over it, where no velocity is known, and interpolate.
-        times = times.to(x.device)
-        settings = {"rtol": tolerance, "atol": tolerance, "options": {"step_t": times[-1:]}}
-        states: Iterator[Tensor] = iter(odeint(lambda t, x: v(x, t), x, times, method="dopri5", **settings))
+        reported = torch.stack(moments).to(x.device)
+        settings = {"rtol": tolerance, "atol": tolerance, "options": {"step_t": reported[-1:]}}
+        states: Iterator[Tensor] = iter(odeint(lambda t, x: v(x, t), x, reported, method="dopri5", **settings))
         next(states)
     elif solver == "dpmpp_2m":
-        states = dpmpp_2m(v, x, times)
+        states = dpmpp_2m(v, x, moments)
+    elif solver == "average":
+        states = _walk(average, v, x, moments)
     else:
         step = churned(ONE_STEP[solver], churn, draw or (lambda: torch.randn_like(x)))
-        states = _walk(step, v, x, times)
+        states = _walk(step, v, x, moments)
     yield x
     for number, state in enumerate(states, start=1):
-        if not state.isfinite().all():
+        if not torch.compiler.is_exporting() and not state.isfinite().all():
             raise FloatingPointError(
-                f"values that are not finite appeared at t = {times[number]:.4g}, in step {number} of {len(times) - 1}: the "
+                f"values that are not finite appeared at t = {values[number]:.4g}, in step {number} of {len(times) - 1}: the "
                 "network's training diverged, or the steps are too large for it"
             )
         yield state
 
 
-def _walk(step: Step, v: Velocity, x: Tensor, times: Tensor) -> Iterator[Tensor]:
+def _walk(step: Step, v: Velocity, x: Tensor, times: Sequence[Tensor]) -> Iterator[Tensor]:
     for t, t_next in pairwise(times):
         x = step(v, x, t, t_next)
         yield x

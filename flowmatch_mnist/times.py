@@ -10,7 +10,13 @@ from torch import Tensor
 
 
 class TimeDensity:
-    """A density of t on (0, 1)."""
+    """A density of t on (0, 1).
+
+    Attributes:
+        support: from where to where validation looks, evenly.
+    """
+
+    support = (0.0, 1.0)
 
     def quantile(self, u: Tensor) -> Tensor:
         """The t below which the fraction u of the density lies: u in (0, 1) -> t in (0, 1), same shape."""
@@ -51,6 +57,21 @@ class Uniform(TimeDensity):
 
     def density(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
+
+
+class Start(TimeDensity):
+    """No time but t = 0, where all is noise: to learn the whole way in one step of Euler's, from pairs that belong together.
+
+    It has no density, so that the loss cannot be weighted.
+    """
+
+    support = (0.0, 0.0)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        return torch.zeros_like(u)
+
+    def density(self, t: Tensor) -> Tensor:
+        raise ValueError("there is no density of the single time 0; leave out the weighting")
 
 
 class LogitNormal(TimeDensity):

@@ -46,6 +46,7 @@ class CurveDataModule(PairsDataModule):
 
     shape = (2,)
     kind = "points"
+    headlines = ("quality/distance to the curve",)
 
     def __init__(
         self,

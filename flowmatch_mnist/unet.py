@@ -20,7 +20,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowmatch_mnist.network import Network, TimeEmbedding
+from flowmatch_mnist.network import Network
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -104,6 +104,7 @@ class UNet(Network):
         image_channels: channels of x and of v.
         image_size: height and width of x, divisible by 2 for every stage but the first.
         dropout: probability of dropping an activation inside a residual block, in [0, 1).
+        spans: whether to learn mean velocities too, see `meanflow`.
 
     Raises:
         ValueError: if `channels`, `blocks` and `attention` are not equally many, a width is not positive, or the image
@@ -120,8 +121,9 @@ class UNet(Network):
         image_channels: int = 1,
         image_size: int = 28,
         dropout: float = 0.0,
+        spans: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(classes, embedding_dim, spans)
         if not len(channels) == len(blocks) == len(attention) or not channels:
             raise ValueError(
                 "channels, blocks and attention need one entry for each stage, "
@@ -142,11 +144,9 @@ class UNet(Network):
             "image_channels": image_channels,
             "image_size": image_size,
             "dropout": dropout,
+            "spans": spans,
         }
-        self.no_label = classes
         self.shape = (image_channels, image_size, image_size)
-        self.time = TimeEmbedding(embedding_dim)
-        self.label = nn.Embedding(classes + 1, embedding_dim)
         block: dict[str, Any] = {"embedding_dim": embedding_dim, "dropout": dropout}
 
         self.stem = nn.Conv2d(image_channels, channels[0], 3, padding=1)
@@ -164,9 +164,9 @@ class UNet(Network):
             group_norm(channels[0]), nn.SiLU(), zero_(nn.Conv2d(channels[0], image_channels, 3, padding=1))
         )
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, until: Tensor | None = None) -> Tensor:
         """The field at x (B, image_channels, H, W), t (B,) in [0, 1], y (B,) in 0..classes; same shape as x."""
-        embedding = F.silu(self.time(t) + self.label(y))
+        embedding = self.embed(t, y, until)
         h = self.stem(x)
         skips = []
         for stage, down in zip(self.encoder, self.down, strict=True):

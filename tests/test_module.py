@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from flowmatch_mnist.module import FlowMatching, learning_rate_factor
+from flowmatch_mnist.module import FlowMatching, learning_rate_factor, reduce
 from flowmatch_mnist.paths import match_dims
 from flowmatch_mnist.times import Uniform
 
@@ -31,14 +31,15 @@ def test_the_loss_of_a_perfect_field_is_the_irreducible_one():
         x0 = torch.randn(4000, 1, 4, 4)
         x1 = MEAN + SPREAD * torch.randn_like(x0)
         y = torch.zeros(4000, dtype=torch.long)
-        losses = FlowMatching(Perfect()).loss(x0, x1, y, torch.full((4000,), t))
+        losses = reduce(FlowMatching(Perfect()).error(x0, x1, y, torch.full((4000,), t)), "squared")
         irreducible = SPREAD**2 / (SPREAD**2 * t**2 + (1 - t) ** 2)
         error = (losses.mean() - irreducible).abs().item()
         assert error < 4 * losses.std().item() / 4000**0.5
         # and a field that is off by 0.1 pays just that, squared
         off = FlowMatching(Perfect())
         off.net.register_forward_hook(lambda net, inputs, v: v + 0.1)
-        assert abs(off.loss(x0, x1, y, torch.full((4000,), t)).mean() - losses.mean() - 0.01) < 0.005
+        wrong = reduce(off.error(x0, x1, y, torch.full((4000,), t)), "squared")
+        assert abs(wrong.mean() - losses.mean() - 0.01) < 0.005
 
 
 class Recorder(nn.Module):

@@ -1,0 +1,124 @@
+"""Few steps: teacher, reflowed, distilled and mean-flow networks at 1, 2, 4 and 8 evaluations, by the ruler, and how straight
+the ways of each are.
+
+    python benchmarks/few_steps.py teacher=mnist 2-reflow=runs/reflow/version_0/checkpoints/last.ckpt ...
+
+A model is NAME=WEIGHTS, a file or a name of weights in the package. Each is sampled by its own solver and guidance; where that
+is guided, a step takes two evaluations, and a single evaluation is one without guidance. Several seeds of one model are given
+as the same NAME again, and the table has their mean and range. Writes `docs/few_steps.json`, `docs/few_steps.png` (the same
+ten noises in each row) and `docs/ways.png` (how some pixels go from noise to digit), and prints the table.
+"""
+
+import argparse
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from steps import measure
+
+from flowmatch_mnist import streams
+from flowmatch_mnist.data import MNISTDataModule
+from flowmatch_mnist.errors import UserError, exit_on_error
+from flowmatch_mnist.files import replacing, save_json
+from flowmatch_mnist.generate import Flow, Sampler, generate
+from flowmatch_mnist.models import find, load_digits
+from flowmatch_mnist.pictures import grid, save_png
+from flowmatch_mnist.reflow import straightness
+
+FINE = 50
+"""Steps of Euler's along which straightness is taken."""
+
+TOLD = {"Frechet distance ratio": ".2f", "label accuracy": ".3f", "recall": ".3f"}
+
+
+def with_evaluations(sampler: Sampler, evaluations: int) -> Sampler:
+    """The sampler with the steps that spend the evaluations; without guidance where there is but one."""
+    if sampler.guidance not in (0, 1) and evaluations > 1:
+        return replace(sampler, steps=evaluations // 2)
+    return replace(sampler, steps=evaluations, guidance=1.0)
+
+
+def ways(flow: Flow, guidance: float, count: int = 200) -> torch.Tensor:
+    """The states of some digits at equal times, (FINE + 1, count, 1, 28, 28)."""
+    drawn = generate(
+        flow,
+        torch.arange(count) % 10,
+        Sampler(FINE, "euler", guidance),
+        keep_states=True,
+        finish=torch.Tensor.clone,
+    )
+    assert drawn.states is not None
+    return drawn.states
+
+
+def draw_ways(found: dict[str, torch.Tensor], path: Path) -> None:
+    """Some pixels' ways from noise to digit, a panel for each model, the same pixels of the same noises."""
+    figure = Figure(figsize=(3.2 * len(found), 3), dpi=100, layout="constrained")
+    panels = figure.subplots(1, len(found), sharex=True, sharey=True, squeeze=False)[0]
+    source = streams.generator("cpu", "pixels of ways")
+    for axes, (name, states) in zip(panels, found.items(), strict=True):
+        flat = states.flatten(1)
+        source.manual_seed(0)
+        chosen = torch.randint(flat.shape[1], (40,), generator=source)
+        axes.plot(torch.linspace(0, 1, len(flat)).numpy(), flat[:, chosen].numpy(), linewidth=0.6)
+        axes.set(title=f"{name}: {straightness(states).mean():.3f}", xlabel="t")
+    panels[0].set_ylabel("grey level of a pixel")
+    with replacing(path) as temporary:
+        figure.savefig(temporary)
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="NAME=WEIGHTS")
+    parser.add_argument("--evaluations", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--samples", type=int, default=10_000, help="digits for each setting (default: 10000)")
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("docs/few_steps"), help="of table and picture, without ending")
+    options = parser.parse_args()
+    models = [tuple(model.split("=", 1)) for model in options.models]
+    if any(len(model) != 2 for model in models):
+        raise UserError("models are given as NAME=WEIGHTS, such as teacher=mnist")
+    data = MNISTDataModule(options.data_dir)
+    data.prepare_data()
+    data.setup("test")
+    rows: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    straight: dict[str, list[float]] = defaultdict(list)
+    shown, states = [], {}
+    for name, weights in models:
+        _, flow, sampler = load_digits(find(weights), options.device)
+        found = ways(flow, sampler.guidance)
+        straight[name].append(straightness(found).mean().item())
+        if name not in states:
+            states[name] = found
+            shown += [generate(flow, torch.arange(10), with_evaluations(sampler, n)).values for n in options.evaluations]
+        for evaluations in options.evaluations:
+            point = measure(flow, with_evaluations(sampler, evaluations), data, options.samples, seed=0)
+            rows[name][evaluations].append(point)
+            told = ", ".join(f"{what} {point[what]:{form}}" for what, form in TOLD.items())
+            print(f"{name}, NFE {point['evaluations']}: {told}", flush=True)
+            contents = {"samples": options.samples, "models": options.models, "straightness": straight, "rows": rows}
+            save_json(options.out.with_suffix(".json"), contents)
+    save_png(grid(torch.cat(shown), 10), options.out.with_suffix(".png"))
+    draw_ways(states, options.out.with_name("ways.png"))
+    print(f"\n| | straightness | {' | '.join(f'NFE {n}' for n in options.evaluations)} |")
+    print("|---" * (len(options.evaluations) + 2) + "|")
+    for name, row in rows.items():
+        cells = [spread(straight[name], ".3f")]
+        cells += [", ".join(spread([point[what] for point in row[n]], form) for what, form in TOLD.items()) for n in row]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def spread(values: list[float], form: str) -> str:
+    """The mean, and with several values their range."""
+    mean = f"{sum(values) / len(values):{form}}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main()

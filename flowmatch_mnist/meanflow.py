@@ -1,0 +1,99 @@
+"""Mean velocities: what a network must know to go from noise to data in one step.
+
+The mean velocity from t to s, along the trajectory through x at t, is the integral of v over that span, divided by s - t: one
+step of this length, x + (s - t) u(x, t, s), lands where the trajectory does. The derivative of (s - t) u by t, along the
+trajectory, gives the mean-flow identity, in which no integral is left:
+
+    u(x, t, s) = v(x, t) + (s - t) du/dt,   where du/dt = du/dx v + the partial derivative of u by t
+
+A network is trained to obey it, with du/dt taken as it is, without gradients. Where s = t, that is flow matching.
+
+Sources: Geng et al. 2025, "Mean Flows for One-step Generative Modeling", equations 6 to 8 (their time runs from data to noise);
+Sabour et al. 2025, "Align Your Flow", section 3.2 (the velocity of a teacher); Geng et al. 2025, "Improved Mean Flows" (without
+a teacher, du/dt along the network's own velocity, which is not as noisy as that of a pair).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flowmatch_mnist.errors import UserError
+from flowmatch_mnist.guidance import guide
+from flowmatch_mnist.models import find, load
+from flowmatch_mnist.network import Network
+from flowmatch_mnist.paths import match_dims
+
+
+class MeanFlow:
+    """How mean velocities are learned.
+
+    Args:
+        teacher: trained weights whose velocity is averaged: a file, or a name of weights in the package. Without a teacher the
+            data's own velocity is.
+        guidance: scale of the teacher's guidance; it becomes part of what is learned, and sampling needs none.
+        instants: share of the samples with s = t, in [0, 1].
+        to_end: share of the others whose span reaches to the data, s = 1, in [0, 1]; the rest end evenly between t and there.
+
+    Raises:
+        ValueError: if a share is out of its range, or there is guidance without a teacher.
+    """
+
+    def __init__(self, teacher: str | None = None, guidance: float = 1.0, instants: float = 0.25, to_end: float = 0.5) -> None:
+        if not 0 <= instants <= 1 or not 0 <= to_end <= 1:
+            raise ValueError(f"instants and to_end are shares in [0, 1], got {instants} and {to_end}")
+        if guidance != 1 and teacher is None:
+            raise ValueError(f"guidance {guidance:g} needs a teacher, whose velocity it changes")
+        self.teacher = teacher
+        self.guidance = guidance
+        self.instants = instants
+        self.to_end = to_end
+        self.net: Network | None = None
+
+    def prepare(self, shape: tuple[int, ...], classes: int, device: torch.device) -> None:
+        """Load the teacher, whose samples should be of this shape and as many classes.
+
+        Raises:
+            UserError: if its file cannot be read, or it is for other samples, or no velocity of the linear path.
+        """
+        if self.teacher is None:
+            return
+        flow, _ = load(find(self.teacher), device)
+        if (flow.path, flow.prediction) != ("linear", "velocity"):
+            raise UserError(f"the teacher {self.teacher} predicts {flow.prediction} on the {flow.path} path; take another")
+        if (flow.net.shape, flow.net.no_label) != (shape, classes):
+            raise UserError(f"the teacher {self.teacher} draws samples of shape {flow.net.shape}, not {shape}; take another")
+        self.net = flow.net.requires_grad_(False)
+
+    def ends(self, t: Tensor, u: Tensor) -> Tensor:
+        """When the spans end: t (B,), uniform numbers u in [0, 1) (B, 2) -> (B,), in [t, 1]."""
+        share = (u[:, 1] / max(1 - self.to_end, 1e-9)).clamp(max=1)
+        return t + (1 - t) * torch.where(u[:, 0] < self.instants, 0, share)
+
+    def error(self, net: Network, x_t: Tensor, u_t: Tensor, t: Tensor, y: Tensor, until: Tensor) -> Tensor:
+        """By how much the network misses the mean-flow identity: (B, ...).
+
+        Args:
+            net: the network, which spans.
+            x_t: points of the path, (B, ...).
+            u_t: the velocities of their pairs, whose mean at a point is the data's own velocity, (B, ...).
+            t: their times, (B,).
+            y: their labels, (B,).
+            until: when their spans end, (B,).
+        """
+        with torch.no_grad():
+            if self.net is None:
+                velocity = net.forward(x_t, t, y, t)
+            else:
+                velocity = u_t = guide(self.net, x_t, t, y, self.guidance)
+            slope = derivative(net, x_t, t, y, until, velocity)
+        return net(x_t, t, y, until) - u_t - match_dims(until - t, x_t) * slope
+
+
+def derivative(net: Network, x: Tensor, t: Tensor, y: Tensor, until: Tensor, velocity: Tensor) -> Tensor:
+    """du/dt along dx/dt = velocity, by forward differentiation, in 32 bits: in 16 it would be lost among rounding errors.
+
+    x, velocity (B, ...), t, y, until (B,) -> (B, ...).
+    """
+    with torch.autocast(x.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):  # the one kind that has such derivatives
+        inputs, tangents = (x, t), (velocity.to(x), torch.ones_like(t))
+        return torch.func.jvp(lambda x, t: net.forward(x, t, y, until), inputs, tangents)[1]

@@ -1,0 +1,144 @@
+"""Mean velocities: the identity on a known flow, spans, what the network starts as, and a student of a teacher."""
+
+import pytest
+import torch
+from conftest import TINY, assert_one_line_error, run_here
+from oracle import MEAN, SPREAD, Gaussian
+from torch import nn
+
+from flowmatch_mnist.meanflow import MeanFlow, derivative
+from flowmatch_mnist.models import load
+from flowmatch_mnist.network import Network
+from flowmatch_mnist.paths import PATHS, match_dims
+from flowmatch_mnist.solvers import time_grid, trajectory
+from flowmatch_mnist.unet import UNet
+
+STRAIGHT = PATHS["linear"]
+velocity = Gaussian(STRAIGHT, "velocity")
+
+
+class Averaged(Network):
+    """The exact mean velocity of a Gaussian's flow, whose trajectories are x_t = t m + r(t) z with r^2 = t^2 s^2 + (1 - t)^2.
+
+    Args:
+        off: what is added to it, times the span, to be wrong.
+    """
+
+    shape = (1, 2, 2)
+
+    def __init__(self, off=0.0):
+        super().__init__(classes=10, embedding_dim=4, spans=True)
+        self.off = off
+
+    def forward(self, x, t, y, until=None):
+        if until is None:
+            return velocity(x, t)
+        start, end = match_dims(t, x), match_dims(until, x)
+        z = (x - start * MEAN) / torch.hypot(start * SPREAD, 1 - start)
+        span = end - start
+        away = end * MEAN + torch.hypot(end * SPREAD, 1 - end) * z - x
+        return torch.where(span > 0, away / span.clamp(min=1e-12), velocity(x, t)) + self.off * span
+
+
+def points(count=64):
+    x0 = torch.randn(count, 1, 2, 2, dtype=torch.float64)
+    x1 = MEAN + SPREAD * torch.randn(count, 1, 2, 2, dtype=torch.float64)
+    t = torch.rand(count, dtype=torch.float64) * 0.9
+    until = t + (1 - t) * torch.rand(count, dtype=torch.float64)
+    return STRAIGHT.point(x0, x1, t), x1 - x0, t, torch.zeros(count, dtype=torch.int64), until
+
+
+def test_the_identity_holds_for_a_known_flow():
+    x_t, _, t, y, until = points()
+    exact = velocity(x_t, t)  # in place of the pairs' velocity, whose mean it is
+    assert MeanFlow().error(Averaged(), x_t, exact, t, y, until).abs().max() < 1e-9
+    assert MeanFlow().error(Averaged(off=0.1), x_t, exact, t, y, until).abs().mean() > 0.01
+
+
+def test_in_the_mean_over_pairs_the_data_s_own_velocity_is_averaged():
+    x_t, u_t, t, y, until = points(200_000)
+    errors = MeanFlow().error(Averaged(), x_t, u_t, t, y, until)
+    assert errors.mean().abs() < 5e-3 and (errors * x_t).mean().abs() < 5e-3
+    assert errors.square().mean() > 0.1  # a single pair's velocity is far from their mean
+
+
+def test_a_step_of_the_exact_mean_velocity_is_exact():
+    net, noise = Averaged(), torch.linspace(-2, 2, 8, dtype=torch.float64).view(2, 1, 2, 2)
+
+    def ask(x, t, until):
+        return net(x, t.expand(2), None, until.expand(2))
+
+    for steps in (1, 2, 5):
+        *_, reached = trajectory(ask, noise, time_grid(steps), "average")
+        torch.testing.assert_close(reached, MEAN + SPREAD * noise, atol=1e-6, rtol=0)
+
+
+def test_the_derivative_is_that_of_differences():
+    net = UNet(channels=(4, 8), blocks=(1, 1), attention=(False, True), image_size=4, spans=True).double().eval()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    x, v = torch.randn(2, 3, 1, 4, 4, dtype=torch.float64)
+    t, until, y = torch.tensor([0.1, 0.4, 0.7]).double(), torch.tensor([0.1, 0.9, 1.0]).double(), torch.tensor([0, 5, 10])
+    # The embeddings of time are taken in 32 bits, so that the differences are too.
+    h = 1e-3
+    differences = (net(x + h * v, t + h, y, until) - net(x - h * v, t - h, y, until)) / (2 * h)
+    found = derivative(net, x, t, y, until, v)
+    assert (found - differences).norm() < 0.02 * differences.norm()
+
+
+def test_spans_lie_between_t_and_the_end_in_the_shares_asked_for():
+    t, u = torch.rand(100_000), torch.rand(100_000, 2)
+    until = MeanFlow(instants=0.25, to_end=0.5).ends(t, u)
+    assert (until >= t).all() and (until <= 1).all()
+    assert abs((until == t).double().mean() - 0.25) < 0.01
+    assert abs((until == 1).double().mean() - 0.75 * 0.5) < 0.01
+    between = (until > t) & (until < 1)
+    assert abs(((until - t) / (1 - t))[between].mean() - 0.5) < 0.01
+    assert (MeanFlow(instants=0, to_end=1).ends(t, u) == 1).all()
+
+
+def test_a_network_that_spans_begins_as_the_one_without(tiny_net):
+    spanning = UNet(**(tiny_net.arguments | {"spans": True}))
+    spanning.load_state_dict(tiny_net.state_dict(), strict=False)
+    x, t, y = torch.randn(3, 1, 28, 28), torch.rand(3), torch.tensor([1, 2, 10])
+    torch.testing.assert_close(spanning(x, t, y, torch.ones(3)), tiny_net(x, t, y))
+    torch.testing.assert_close(spanning(x, t, y), tiny_net(x, t, y))
+    with pytest.raises(ValueError, match="no mean velocities"):
+        tiny_net(x, t, y, torch.ones(3))
+
+
+@pytest.mark.parametrize("wrong", [{"instants": 1.1}, {"to_end": -0.1}, {"guidance": 1.5}])
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"shares|teacher"):
+        MeanFlow(**wrong)
+
+
+def test_a_student_by_the_command_line(tiny_run, tmp_path, data_dir):
+    teacher = tiny_run / "runs/tiny/version_0/checkpoints/last.ckpt"
+    common = ("--config", TINY, "--data.data_dir", data_dir, "--name", "student", "--trainer.max_epochs", 1)
+    spans = (
+        "--model.net.spans",
+        "true",
+        "--model.start",
+        teacher,
+        "--model.loss",
+        "huber",
+        "--model.sampler.solver",
+        "average",
+    )
+    taught = ("--model.mean_flow.teacher", teacher, "--model.mean_flow.guidance", 1.5)
+    done = run_here("train.py", *common, *spans, *taught, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    student = tmp_path / "runs/student/version_0/checkpoints/last.ckpt"
+    flow, sampler = load(student)
+    assert sampler.solver == "average" and flow.net.spans and flow.net.span.mlp[-1].weight.abs().max() > 0
+    assert not any("mean_flow" in name for name in torch.load(student, weights_only=True)["state_dict"])
+    done = run_here("sample.py", 7, "--checkpoint", student, "--steps", 1, cwd=tmp_path)
+    assert done.returncode == 0 and "average, 1 step, guidance 1, 1 evaluations each" in done.stdout
+
+    asked = ("sample.py", 7, "--checkpoint", teacher, "--solver", "average")
+    assert_one_line_error(run_here(*asked, cwd=tmp_path), "average", "mean velocities")
+    plain = ("--model.mean_flow.instants", 0.5)
+    assert_one_line_error(run_here("train.py", *common, *plain, cwd=tmp_path), "spans")
+    nobody = ("--model.net.spans", "true", "--model.mean_flow.teacher", "nobody.ckpt")
+    assert_one_line_error(run_here("train.py", *common, *nobody, cwd=tmp_path), "nobody.ckpt")
