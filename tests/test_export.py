@@ -1,0 +1,60 @@
+"""Exported models: what they draw is what this package draws, and they need nothing of it."""
+
+import subprocess
+import sys
+
+import numpy as np
+import onnxruntime
+import torch
+from conftest import assert_one_line_error, run_here
+
+from flowmatch_mnist.export import export
+from flowmatch_mnist.generate import Flow, Sampler, generate
+
+ALONE = """
+import sys, torch
+draw = torch.export.load("digits.pt2").module()
+for n in (1, 2, 5):
+    given = torch.load(f"given{n}.pt")
+    assert torch.equal(draw(given["noise"], given["labels"]), given["images"]), n
+assert not any(name.startswith("flowmatch_mnist") for name in sys.modules)
+"""
+
+
+def drawn(flow, sampler, count):
+    noise = torch.randn(count, 1, 28, 28)
+    samples = generate(flow, torch.arange(count), sampler, noise=noise)
+    return {"noise": noise, "labels": samples.labels, "images": samples.values}
+
+
+def test_a_program_draws_the_same_digits_without_the_package(tiny_net, tmp_path):
+    flow, sampler = Flow(tiny_net), Sampler(3, "dpmpp_2m", 1.5, guidance_interval=(0.0, 0.5))
+    export(flow, sampler, tmp_path / "digits.pt2")
+    for count in (1, 2, 5):
+        torch.save(drawn(flow, sampler, count), tmp_path / f"given{count}.pt")
+    done = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_onnx_draws_the_same_digits(tiny_net, tmp_path):
+    flow, sampler = Flow(tiny_net), Sampler(2, "euler", 1.5)
+    export(flow, sampler, tmp_path / "digits.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "digits.onnx")
+    for count in (1, 5):
+        given = drawn(flow, sampler, count)
+        (images,) = session.run(None, {"noise": given["noise"].numpy(), "labels": given["labels"].numpy()})
+        assert images.dtype == np.uint8
+        # A grey level may round to its neighbour, where another library adds up in another order.
+        assert np.abs(images.astype(int) - given["images"].numpy().astype(int)).max() <= 1
+
+
+def test_what_cannot_be_exported_is_told(tmp_path):
+    def told(*arguments):
+        return run_here("flowmatch_mnist/export.py", *arguments, cwd=tmp_path)
+
+    assert_one_line_error(told("--out", "digits.txt"), "digits.txt", ".pt2")
+    assert_one_line_error(told("--solver", "dopri5"), "solver")
+    assert_one_line_error(told("--solver", "average"), "mean velocities")
+    assert_one_line_error(told("--weights", "nobody.ckpt"), "nobody.ckpt")
+    assert_one_line_error(told("--steps", "few"), "--steps")
+    assert not list(tmp_path.iterdir())
