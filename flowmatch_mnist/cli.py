@@ -14,8 +14,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.tensorboard.summary import hparams
 
-import flowmatch_mnist.toy  # noqa: F401  so that a config or an option can name its data module
+import flowmatch_mnist.reflow
+import flowmatch_mnist.toy  # noqa: F401  so that configs and options can name their data modules
 from flowmatch_mnist.callbacks import EMA, DrawSamples, Evaluate, Report, WriteSamples
 from flowmatch_mnist.data import PairsDataModule
 from flowmatch_mnist.errors import UserError, exit_on_error, one_line
@@ -62,7 +64,9 @@ def plain(message: object) -> str:
 
 
 class LogConfig(SaveConfigCallback):
-    """Keeps the resolved config beside the checkpoints, and shows it in TensorBoard's text tab."""
+    """Keeps the resolved config beside the checkpoints, and shows it in TensorBoard: as a text, as hyper-parameters beside what
+    came of them, and, what to look at first, as a layout of its custom scalars.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Learn the run's folder, which the processes agree on together."""
@@ -76,7 +80,26 @@ class LogConfig(SaveConfigCallback):
                 self.parser.save(self.config, temporary, skip_none=False, overwrite=True, multifile=False)
         if isinstance(trainer.logger, TensorBoardLogger):
             text = self.parser.dump(self.config, skip_none=False)
-            trainer.logger.experiment.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()))
+            board = trainer.logger.experiment
+            board.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()))
+            headlines: tuple[str, ...] = trainer.datamodule.headlines  # type: ignore[attr-defined]
+            # Only that these tags are the outcome is written here; their values are the scalars of the same name.
+            for summary in hparams(settings(vars(self.config.as_flat())), dict.fromkeys((*headlines, "loss/val"), 0.0)):
+                board._get_file_writer().add_summary(summary)
+            charts = {"losses": ["loss/train", "loss/val"], **{tag.removeprefix("quality/"): [tag] for tag in headlines}}
+            board.add_custom_scalars({"first look": {title: ["Multiline", tags] for title, tags in charts.items()}})
+
+
+def settings(config: dict[str, Any]) -> dict[str, bool | int | float | str]:
+    """What tells one run from another, of a flat config: by short names, and in values that TensorBoard can sort by."""
+    told = {}
+    for key, value in config.items():
+        group, _, rest = key.partition(".")
+        if group in ("seed_everything", "model", "ema", "data") or key in ("trainer.max_epochs", "trainer.max_steps"):
+            name = ".".join(part for part in rest.split(".") if part not in ("init_args", "class_path")) or group
+            if value is not None and not name.startswith(("classes", "data_dir")):
+                told[name] = value if isinstance(value, bool | int | float) else str(value).rsplit("flowmatch_mnist.", 1)[-1]
+    return told
 
 
 def native_precision(accelerator: str) -> str:
@@ -227,7 +250,9 @@ class CLI(LightningCLI):
         if checkpoint is not None:
             held = self.held
             for key in ("network", "arguments", "path", "prediction", "pixels"):
-                if held.get(key) != wanted[key]:
+                # What an older file does not mention of its network is as by default, and so as in the config.
+                said = {**wanted[key], **held[key]} if key == "arguments" and isinstance(held.get(key), dict) else held.get(key)
+                if said != wanted[key]:
                     raise UserError(
                         f"{checkpoint} holds a model with {key} {held.get(key)}, but the config asks for {wanted[key]}; "
                         "give the --config it was trained with, or none"
