@@ -1,0 +1,84 @@
+"""What the README and docs/ tell a reader to type does what they say."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT, run_here
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / ".github" / "CONTRIBUTING.md"]
+
+
+def blocks(page, language):
+    """The code blocks of a page in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands():
+    """Each command of a shell block, without its comment, once."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page, "bash"):
+            for line in block.replace("\\\n", " ").splitlines():
+                found += [part.strip() for part in line.split(" #")[0].split("&&") if part.strip()]
+    return list(dict.fromkeys(found))
+
+
+def test_the_code_of_the_pages_runs(tmp_path, monkeypatch, data_dir):
+    monkeypatch.chdir(tmp_path)
+    ran = 0
+    for page in PAGES:
+        names: dict = {"__name__": "__main__"}
+        for block in blocks(page, "python"):
+            exec(compile(block, f"{page.name}", "exec"), names)
+            ran += 1
+    assert ran > 10
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python sample.py")])
+def test_drawing_commands_draw(command, tmp_path, data_dir):
+    words = shlex.split(command)[2:]
+    (tmp_path / "data").symlink_to(data_dir)
+    if "--weights" not in words and "--checkpoint" not in words:
+        words += ["--weights", "mnist"]
+    if "--per-class" in words and int(words[words.index("--per-class") + 1]) > 100:
+        words[words.index("--per-class") + 1] = "2"  # ten thousand digits take minutes
+    if "--checkpoint" in words:
+        words[words.index("--checkpoint") + 1] = str(ROOT / "flowmatch_mnist" / "mnist.safetensors")
+    done = run_here("sample.py", *words, cwd=tmp_path)
+    assert done.returncode == 0 and "wrote" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if "python train.py" in c])
+def test_training_commands_are_understood(command, tmp_path, monkeypatch):
+    """Each with --print_config, which checks every key and ends before the training."""
+    words = shlex.split(re.sub(r"^.*python train.py", "", command))
+    for name in ("configs", "runs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    if "mine." in command:
+        (tmp_path / "mine.py").write_text("".join(blocks(ROOT / "docs" / "extending.md", "python")))
+        monkeypatch.syspath_prepend(tmp_path)
+    if "--ckpt_path" in words:
+        pytest.skip("goes on from a run of the reader's; tests/test_saving.py and test_training.py do the same")
+    done = run_here("train.py", *words, "--print_config", cwd=tmp_path)
+    assert done.returncode == 0 and "seed_everything" in done.stdout, done.stderr
+
+
+def test_every_other_command_is_known():
+    """What is left is run by .ci/run, or is a script that exists."""
+    for command in commands():
+        if "sample.py" in command or "train.py" in command:
+            continue
+        words = shlex.split(command)
+        if words[:2] == ["python", "-m"]:
+            assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file(), command
+        elif words[0] == "python":
+            assert (ROOT / words[1]).is_file(), command
+        else:
+            assert words[0] in ("pip", "pytest", "ruff", "mypy", "tensorboard", "pre-commit", "torchrun", "git", "cd"), command
+
+
+def test_every_link_and_picture_is_there():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
