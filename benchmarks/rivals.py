@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from flowmatch_mnist import mnist
 from flowmatch_mnist.data import MNISTDataModule
-from flowmatch_mnist.errors import exit_on_error
+from flowmatch_mnist.errors import UserError, exit_on_error
 from flowmatch_mnist.files import save_json
 from flowmatch_mnist.generate import Flow, Sampler, Samples, generate, to_images
 from flowmatch_mnist.models import load_digits, newest_checkpoint, read_checkpoint
@@ -260,10 +260,14 @@ def train_ours(options: argparse.Namespace) -> tuple[float, int, Flow, Sampler]:
     quiet = ["--evaluation.every_n_steps", "0", "--sampling.every_n_steps", "0", "--name", "rivals"]
     start = time.perf_counter()
     subprocess.run([sys.executable, ROOT / "train.py", "fit", "--config", options.config, *quiet], check=True)
-    seconds = time.perf_counter() - start
-    path, flow, sampler = load_digits(newest_checkpoint(name="rivals"), "cpu")
+    return (time.perf_counter() - start, *trained(newest_checkpoint(name="rivals")))
+
+
+def trained(checkpoint: Path) -> tuple[int, Flow, Sampler]:
+    """Of a run: the images seen, the model, and its config's sampler."""
+    path, flow, sampler = load_digits(checkpoint, "cpu")
     batch_size = yaml.safe_load((path.parent.parent / "config.yaml").read_text())["data"]["init_args"]["batch_size"]
-    return seconds, read_checkpoint(path)["global_step"] * batch_size, flow, sampler
+    return read_checkpoint(path)["global_step"] * batch_size, flow, sampler
 
 
 def main() -> None:
@@ -272,6 +276,8 @@ def main() -> None:
     parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS))
     parser.add_argument("--samples", type=int, default=500, help="digits drawn with each (default: 500)")
     parser.add_argument("--config", default="configs/quick.yaml", help="of this project's row (default: configs/quick.yaml)")
+    parser.add_argument("--checkpoint", type=Path, help="a run of that config that is over already, in place of a new one")
+    parser.add_argument("--seconds", type=float, help="how long that run took, from command to prompt")
     parser.add_argument("--out", type=Path, default=Path("docs/rivals"), help="of the picture and the figures, without ending")
     options = parser.parse_args()
     labels = torch.arange(options.samples) % 10
@@ -298,7 +304,11 @@ def main() -> None:
         save_json(options.out.with_suffix(".json"), contents)
         save_png(grid(torch.cat(shown), 10), options.out.with_suffix(".png"))
 
-    seconds, seen, flow, sampler = train_ours(options)
+    if (options.checkpoint is None) != (options.seconds is None):
+        raise UserError("--checkpoint and --seconds are given together, or neither")
+    seconds, seen, flow, sampler = (
+        (options.seconds, *trained(options.checkpoint)) if options.checkpoint else train_ours(options)
+    )
     start = time.perf_counter()
     samples = generate(flow, labels, sampler, seed=0)
     report("flowmatch-mnist", seen, samples.values, samples.evaluations, time.perf_counter() - start)

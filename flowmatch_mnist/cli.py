@@ -53,7 +53,7 @@ def plain(message: object) -> str:
     if choices := re.search(r"typing\.Literal\[(.*?)\]", text):
         return f"there is no {key} {given!r}; choose one of {choices[1]}"
     if key in BASES and "import path string" in text:
-        names = ", ".join(kind.__name__ for kind in BASES[key].__subclasses__())
+        names = ", ".join(kind.__name__ for kind in heirs(BASES[key]))
         return f"there is no {key} {given!r}; choose one of {names}, or name a class of yours by its import path"
     complaints = re.findall(r"^ *- (?!.*NoneType|Expected a path|Does not validate)(.*)", text, re.MULTILINE)
     if not complaints:
@@ -61,6 +61,11 @@ def plain(message: object) -> str:
     # A value that is a whole section says nothing that the complaint does not.
     got = f", got {given}" if complaints[0].startswith("Expected") and "(" not in given else ""
     return one_line(f"{key}{': ' * bool(key)}{' or '.join(complaints)}{got}")
+
+
+def heirs(base: type[object]) -> list[type[object]]:
+    """All classes that are of the kind, each before those that are of its own."""
+    return [kind for child in base.__subclasses__() for kind in (child, *heirs(child))]
 
 
 class LogConfig(SaveConfigCallback):

@@ -15,7 +15,7 @@ from flowmatch_mnist import mnist, streams
 from flowmatch_mnist.couplings import COUPLINGS, CouplingName
 from flowmatch_mnist.errors import UserError
 from flowmatch_mnist.generate import Samples, draw_noise, to_images
-from flowmatch_mnist.metrics import Figure, Ruler
+from flowmatch_mnist.metrics import Copies, Figure, Ruler
 from flowmatch_mnist.pictures import grid
 from flowmatch_mnist.pixels import PIXELS, PixelsName, dequantization
 
@@ -304,18 +304,22 @@ class MNISTDataModule(PairsDataModule):
         """Fetch what is missing. Lightning calls this in one process of each machine."""
         mnist.prepare(self.data_dir)
 
+    def read(self, split: mnist.Split) -> tuple[Tensor, Tensor]:
+        """The images, uint8 (N, 28, 28), and the labels, int64 (N,), of the official split."""
+        return mnist.load(self.data_dir, split)
+
     def setup(self, stage: str) -> None:
         """Read the splits that the stage needs into memory."""
         # Also to test, since samples are measured beside what was trained on; not to predict.
         if stage != "predict" and "train" not in self.splits:
-            images, labels = mnist.load(self.data_dir, "train")
+            images, labels = self.read("train")
             # The same digits are held out in every run, whatever its seed: validation losses can be compared.
             order = torch.randperm(len(images), generator=streams.generator("cpu", "validation split"))
             held_out, kept = order[: self.val_size], order[self.val_size :]
             self.splits["train"] = (images[kept], labels[kept])
             self.splits["val"] = (images[held_out], labels[held_out], *self._fixed("val", len(held_out)))
         if stage == "test" and "test" not in self.splits:
-            images, labels = mnist.load(self.data_dir, "test")
+            images, labels = self.read("test")
             self.splits["test"] = (images, labels, *self._fixed("test", len(images)))
 
     def _fixed(self, split: str, count: int) -> list[Tensor]:
@@ -346,3 +350,27 @@ class MNISTDataModule(PairsDataModule):
         # Some ten of the states are enough to see the way.
         shown = way[torch.linspace(0, len(way) - 1, min(len(way), 11)).round().long()]
         return pictures | {"trajectory": grid(shown.transpose(0, 1).flatten(0, 1), columns=len(shown))}
+
+
+class IDXDataModule(MNISTDataModule):
+    """Other images in MNIST's format: the same four names, 28 by 28 grey levels, labels 0 to 9. Fashion-MNIST is such a set.
+
+    The files are taken as they are, raw or gzipped. The ruler's classifier knows digits alone, so that of samples only their
+    distance to the training images is measured. Arguments are those of `MNISTDataModule`.
+    """
+
+    headlines = ()
+
+    def prepare_data(self) -> None:
+        """Fetch nothing: the files are the user's."""
+
+    def read(self, split: mnist.Split) -> tuple[Tensor, Tensor]:
+        """The images and labels of a split."""
+        images, labels = mnist.load_any(self.data_dir, split)
+        if split == "train" and len(images) < self.val_size + self.batch_size:
+            raise UserError(f"{self.data_dir} has {len(images):,} training images; lower val_size to leave a batch of them")
+        return images, labels
+
+    def measure(self, samples: Samples, split: Literal["val", "test"], device: torch.device) -> list[Figure]:
+        """Whether the samples are copies of training images."""
+        return Copies(self.splits[split][0], self.splits["train"][0], device).measure(samples.values)

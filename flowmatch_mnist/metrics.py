@@ -132,6 +132,36 @@ class Manifold:
         return torch.cat(inside).double().mean().item()
 
 
+class Copies:
+    """Tells copies of training images: by how near images are to the nearest of them, beside how near held-out ones are.
+
+    Args:
+        held_out: images uint8 (M, H, W).
+        training: images uint8 (N, H, W).
+        device: where to measure.
+    """
+
+    def __init__(self, held_out: Tensor, training: Tensor, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.training = self._flat(training)
+        order = torch.randperm(len(held_out), generator=streams.generator("cpu", "near copies"))
+        self.distances = _nearest(self._flat(held_out[order[:COPIES_AMONG]]), self.training)
+
+    def measure(self, images: Tensor) -> list[Figure]:
+        """The distance to the nearest training image, and the share that is nearer than one in a hundred held-out ones is."""
+        distances = _nearest(self._flat(images), self.training)
+        limit = torch.quantile(self.distances, 0.01)
+        near, really_near = ((some < limit).double().mean().item() for some in (distances, self.distances))
+        return [
+            Figure("distance to nearest training image", distances.median().item(), self.distances.median().item()),
+            Figure("near copies", near, really_near),
+        ]
+
+    def _flat(self, images: Tensor) -> Tensor:
+        """Images as points whose distance is the root mean square of the pixels' differences, 0 to 1: (N, H W)."""
+        return images.flatten(1).to(self.device).float() / (255 * images[0].numel() ** 0.5)
+
+
 class Ruler:
     """Measures digits beside real ones that were held out.
 
@@ -159,9 +189,7 @@ class Ruler:
         self.features, read = self.look(images)
         self.manifold = Manifold(self.features)
         self.accuracy, self.accuracy_by_digit = label_accuracy(read.cpu(), labels)
-        self._pixels = self._flat(self.training)
-        order = torch.randperm(len(images), generator=streams.generator("cpu", "near copies"))
-        self._distances = _nearest(self._flat(images[order[:COPIES_AMONG]]), self._pixels)
+        self.copies = Copies(images, self.training, device)
         self._floors: dict[tuple[int, ...], list[float]] = {}
 
     @torch.inference_mode()
@@ -169,10 +197,6 @@ class Ruler:
         """The features, float64 (N, D), of images uint8 (N, 28, 28), and the digits read in them, int64 (N,)."""
         features = torch.cat([self.net.features(some.to(self.device)) for some in images.split(CHUNK)])
         return features.double(), self.net.head(features).argmax(1)
-
-    def _flat(self, images: Tensor) -> Tensor:
-        """Images as points whose distance is the root mean square of the pixels' differences, 0 to 1: (N, 784)."""
-        return images.flatten(1).to(self.device).float() / (255 * 28)
 
     def measure(self, images: Tensor, labels: Tensor) -> list[Figure]:
         """All figures of digits uint8 (N, 28, 28) drawn for labels int64 (N,), N at least 2.
@@ -183,17 +207,12 @@ class Ruler:
         floor = self._floor(labels)
         features, read = self.look(images)
         accuracy, by_digit = label_accuracy(read.cpu(), labels)
-        distances = _nearest(self._flat(images), self._pixels)
-        # So near to a training image as only one in a hundred of the held-out images is.
-        limit = torch.quantile(self._distances, 0.01)
-        near, really_near = ((some < limit).double().mean().item() for some in (distances, self._distances))
         names = ("Frechet distance", "precision", "recall", "kernel distance")
         beside_training = zip(names, self._compare(features), floor, strict=True)
         return [
             Figure("label accuracy", accuracy, self.accuracy),
             *(Figure(name, value, real, ratio=name == "Frechet distance") for name, value, real in beside_training),
-            Figure("distance to nearest training image", distances.median().item(), self._distances.median().item()),
-            Figure("near copies", near, really_near),
+            *self.copies.measure(images),
             *(
                 Figure(f"label accuracy by digit/{digit}", value, real)
                 for digit, (value, real) in enumerate(zip(by_digit, self.accuracy_by_digit, strict=True))

@@ -62,8 +62,8 @@ def candidates(data_dir: Path, name: str) -> Iterator[Path]:
                 yield path
 
 
-def read(path: Path, name: str) -> bytes | None:
-    """The uncompressed content of the file, or None if it is not the genuine one."""
+def uncompressed(path: Path) -> bytes | None:
+    """The content of the file, raw or gzipped, or None if it is damaged or too large."""
     # No more than could be genuine: a small archive may hold more than the memory does.
     with path.open("rb") as file:
         content = file.read(LARGEST)
@@ -72,7 +72,13 @@ def read(path: Path, name: str) -> bytes | None:
             content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(LARGEST)
         except (OSError, EOFError, zlib.error):
             return None
-    return content if hashlib.md5(content, usedforsecurity=False).hexdigest() == MD5[name] else None
+    return content if len(content) < LARGEST else None
+
+
+def read(path: Path, name: str) -> bytes | None:
+    """The uncompressed content of the file, or None if it is not the genuine one."""
+    content = uncompressed(path)
+    return content if content and hashlib.md5(content, usedforsecurity=False).hexdigest() == MD5[name] else None
 
 
 def find(data_dir: Path, name: str) -> bytes | None:
@@ -184,7 +190,49 @@ def load(data_dir: Path, split: Split) -> tuple[Tensor, Tensor]:
         if content is None:
             raise UserError(f"{data_dir} holds no genuine {name}; remove what is there under that name and start again")
         contents.append(content)
-    # IDX files: a header of 16 bytes for images and of 8 for labels, then the values, row after row.
-    images = np.frombuffer(contents[0], np.uint8, offset=16).reshape(-1, 28, 28)
-    labels = np.frombuffer(contents[1], np.uint8, offset=8).astype(np.int64)
-    return torch.from_numpy(images.copy()), torch.from_numpy(labels)
+    return decode(*contents)
+
+
+def decode(images: bytes, labels: bytes) -> tuple[Tensor, Tensor]:
+    """IDX files' contents: a header of 16 bytes for images and of 8 for labels, then the values, row after row.
+
+    Returns:
+        Images uint8 (N, 28, 28) and labels int64 (N,).
+
+    Raises:
+        ValueError: if they are not such files, or not of equally many images and labels.
+    """
+    count = int.from_bytes(images[4:8], "big")
+    if images[:16] != b"".join(value.to_bytes(4, "big") for value in (0x803, count, 28, 28)):
+        raise ValueError("the images have no header of IDX with images of 28 by 28")
+    if labels[:8] != b"".join(value.to_bytes(4, "big") for value in (0x801, count)):
+        raise ValueError(f"the labels have no header of IDX with {count:,} of them, as there are images")
+    if (len(images), len(labels)) != (16 + 784 * count, 8 + count):
+        raise ValueError("a file is longer or shorter than its header says")
+    x = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28)
+    y = np.frombuffer(labels, np.uint8, offset=8).astype(np.int64)
+    return torch.from_numpy(x.copy()), torch.from_numpy(y)
+
+
+def load_any(data_dir: Path, split: Split) -> tuple[Tensor, Tensor]:
+    """The images and labels of files of any content in MNIST's format: uint8 (N, 28, 28) and int64 (N,), 0 to 9.
+
+    Raises:
+        UserError: if a file is missing, damaged, or of another format.
+    """
+    contents = []
+    for name in FILES[split]:
+        path = next(candidates(data_dir, name), None)
+        if path is None:
+            raise UserError(f"{data_dir} holds no {name} (raw or .gz); set --data.data_dir to the folder that does")
+        content = uncompressed(path)
+        if content is None:
+            raise UserError(f"{path} is damaged, or larger than {LARGEST // 10**6} MB; get it anew")
+        contents.append(content)
+    try:
+        images, labels = decode(*contents)
+    except ValueError as error:
+        raise UserError(f"{' and '.join(FILES[split])} in {data_dir} cannot be used: {error}") from error
+    if not len(labels) or labels.max() > 9:
+        raise UserError(f"{FILES[split][1]} in {data_dir} holds no labels 0 to 9 alone; the network knows ten classes")
+    return images, labels
