@@ -36,6 +36,18 @@ BASES: dict[str, type[object]] = {"model.net": Network, "model.times": TimeDensi
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
 
+ALIKE = ("channels_last", "compile", "data_dir", "eval_batch_size", "num_workers", "predict_per_class")
+"""Settings that do not change what is learned."""
+
+
+class Board(TensorBoardLogger):
+    """TensorBoard without a curve of the epoch, which would stand before all others."""
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Log scalars."""
+        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+
+
 class Parser(LightningArgumentParser):
     """A parser whose complaints are one line."""
 
@@ -102,7 +114,8 @@ def settings(config: dict[str, Any]) -> dict[str, bool | int | float | str]:
         group, _, rest = key.partition(".")
         if group in ("seed_everything", "model", "ema", "data") or key in ("trainer.max_epochs", "trainer.max_steps"):
             name = ".".join(part for part in rest.split(".") if part not in ("init_args", "class_path")) or group
-            if value is not None and not name.startswith(("classes", "data_dir")):
+            name = f"ema.{name}" if group == "ema" else name  # the learning rate has a decay too
+            if value is not None and name not in ALIKE:
                 told[name] = value if isinstance(value, bool | int | float) else str(value).rsplit("flowmatch_mnist.", 1)[-1]
     return told
 
@@ -238,7 +251,7 @@ class CLI(LightningCLI):
                     int(self.folder.name.removeprefix("version_")),
                 )
                 purge = {"purge_step": self.held_step} if self.subcommand == "fit" else {}
-            kwargs["logger"] = TensorBoardLogger(save_dir, name, version, default_hp_metric=False, **purge)
+            kwargs["logger"] = Board(save_dir, name, version, default_hp_metric=False, **purge)
         return super().instantiate_trainer(**kwargs)
 
     def after_instantiate_classes(self) -> None:

@@ -53,7 +53,7 @@ class Figure:
     @property
     def tag(self) -> str:
         """Its place in TensorBoard."""
-        return f"quality/{self.title}" if self.main else self.name
+        return f"quality/{self.title}" if self.main else f"quality_details/{self.name.replace('/', ' ')}"
 
     @property
     def title(self) -> str:

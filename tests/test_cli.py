@@ -75,7 +75,9 @@ def test_a_second_run_leaves_the_first_as_it_is_and_options_override_the_config(
     assert re.search(r"step 6: 20 samples, label accuracy 0\.\d+, Frechet distance ratio [\d.]+, precision", done.stdout)
     log = events(tmp_path / "runs/tiny/version_1")
     assert log.Scalars("quality/Frechet distance ratio")[0].step == 5, "counted from 0, as the losses are"
-    assert "quality/near copies" in log.Tags()["scalars"] and "label accuracy by digit/9" in log.Tags()["scalars"]
+    assert (
+        "quality/near copies" in log.Tags()["scalars"] and "quality_details/label accuracy by digit 9" in log.Tags()["scalars"]
+    )
     assert (tmp_path / "runs/tiny/version_0/checkpoints/last.ckpt").read_bytes() == before
     config = yaml.safe_load((tmp_path / "runs/tiny/version_1/config.yaml").read_text())
     assert config["model"]["optimizer"] == {

@@ -150,7 +150,7 @@ def test_the_table_and_the_tags():
     assert first.split() == ["samples", "real", "data", "ratio"]
     assert second.split() == ["Frechet", "distance", "3.0000", "1.5000", "2.00"]
     assert third.split() == ["label", "accuracy", "by", "digit", "7", "0.9000", "1.0000"]
-    assert [figure.tag for figure in figures] == ["quality/Frechet distance ratio", "label accuracy by digit/7"]
+    assert [figure.tag for figure in figures] == ["quality/Frechet distance ratio", "quality_details/label accuracy by digit 7"]
 
 
 def test_digitnet_reads_as_well_as_its_file_claims(data_dir):

@@ -49,9 +49,8 @@ def test_scalars_have_few_groups_and_telling_names(ask):
         "loss_by_time",
         "optimizer",
         "speed",
-        "epoch",
         "quality",
-        "label accuracy by digit",
+        "quality_details",
     }
     assert {"quality/label accuracy", "quality/Frechet distance ratio", "quality/precision", "quality/recall"} <= tags
     steps, values = zip(*[point[1:] for point in ask("scalars/scalars", run=RUN, tag="loss/val")], strict=True)
