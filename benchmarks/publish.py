@@ -1,6 +1,6 @@
 """Measure a trained model by the ruler, and put it into the package, where `sample.py --weights NAME` finds it.
 
-    python benchmarks/publish.py mnist --checkpoint runs/mnist/version_0/checkpoints/last.ckpt
+    python benchmarks/publish.py mnist --checkpoint runs/mnist/version_0/checkpoints/last.ckpt --command 'python train.py'
 
 The file holds the averaged weights, how to sample them, the run's config, seed and command, and the figures: of ten thousand
 digits, and of few enough for a test to draw them again.
@@ -18,7 +18,7 @@ from rich.progress import Progress
 from flowmatch_mnist.data import MNISTDataModule
 from flowmatch_mnist.errors import exit_on_error
 from flowmatch_mnist.generate import Flow, Sampler, generate
-from flowmatch_mnist.models import PRETRAINED, load_digits, newest_checkpoint, read_checkpoint, save
+from flowmatch_mnist.models import PRETRAINED, load_digits, read_checkpoint, save
 
 SAMPLES = (10_000, 500)
 """Of so many digits the figures are taken."""
@@ -38,19 +38,19 @@ def main() -> None:
     """Measure, write, and say so."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=PRETRAINED)
-    parser.add_argument("--checkpoint", type=Path, help="default: last.ckpt of the newest run of that name")
-    parser.add_argument("--command", help="that trained it (default: python train.py --config configs/NAME.yaml)")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="last.ckpt of a run")
+    parser.add_argument("--command", required=True, help="that trained it")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    checkpoint, flow, sampler = load_digits(options.checkpoint or newest_checkpoint(name=options.name), options.device)
+    checkpoint, flow, sampler = load_digits(options.checkpoint, options.device)
     data = MNISTDataModule(options.data_dir)
     data.prepare_data()
     data.setup("test")
     figures = {str(count): measure(flow, sampler, data, count) for count in SAMPLES}
     config = (checkpoint.parent.parent / "config.yaml").read_text()
     said = {
-        "command": options.command or f"python train.py --config configs/{options.name}.yaml",
+        "command": options.command,
         "config": config,
         "seed": str(yaml.safe_load(config)["seed_everything"]),
         "steps": str(read_checkpoint(checkpoint)["global_step"]),

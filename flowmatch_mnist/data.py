@@ -282,7 +282,7 @@ class MNISTDataModule(PairsDataModule):
         self,
         data_dir: str = "data",
         batch_size: int = 128,
-        val_size: int = 5000,
+        val_size: int = 2000,
         eval_batch_size: int = 500,
         predict_per_class: int = 10,
         coupling: CouplingName = "independent",

@@ -22,8 +22,8 @@ from flowmatch_mnist.unet import UNet
 
 log = logging.getLogger(__name__)
 
-PRETRAINED = {name: Path(__file__).with_name(f"{name}.safetensors") for name in ("mnist",)}
-"""The trained weights in the package, each named like its config; what else is known of them stands in the file."""
+PRETRAINED = {name: Path(__file__).with_name(f"{name}.safetensors") for name in ("mnist", "one-step")}
+"""The trained weights in the package; how they were trained, and their figures, stand in the file."""
 
 KEY = "flowmatch_mnist"
 """Where in a file the description of its network stands."""

@@ -51,13 +51,23 @@ def points(count=64):
 def test_the_identity_holds_for_a_known_flow():
     x_t, _, t, y, until = points()
     exact = velocity(x_t, t)  # in place of the pairs' velocity, whose mean it is
-    assert MeanFlow().error(Averaged(), x_t, exact, t, y, until).abs().max() < 1e-9
-    assert MeanFlow().error(Averaged(off=0.1), x_t, exact, t, y, until).abs().mean() > 0.01
+    assert MeanFlow(stride=0).error(Averaged(), x_t, exact, t, y, until).abs().max() < 1e-9
+    assert MeanFlow(stride=0).error(Averaged(off=0.1), x_t, exact, t, y, until).abs().mean() > 0.01
+
+
+def test_spans_are_the_mean_of_their_parts():
+    x_t, _, t, y, until = points()
+    exact = velocity(x_t, t)
+    errors = [MeanFlow(stride=h).error(Averaged(), x_t, exact, t, y, until).abs().mean() for h in (0.02, 0.01)]
+    # Euler's step over the stride leaves an error of h^2 over the span, the same for all but the shortest.
+    assert errors[0] < 0.02 and 1.7 < errors[0] / errors[1] < 5
+    assert MeanFlow(stride=0.02).error(Averaged(off=0.1), x_t, exact, t, y, until).abs().mean() > errors[0]
+    assert MeanFlow(stride=1).error(Averaged(), x_t, exact, t, y, t).abs().max() < 1e-9  # an instant is its velocity
 
 
 def test_in_the_mean_over_pairs_the_data_s_own_velocity_is_averaged():
     x_t, u_t, t, y, until = points(200_000)
-    errors = MeanFlow().error(Averaged(), x_t, u_t, t, y, until)
+    errors = MeanFlow(stride=0).error(Averaged(), x_t, u_t, t, y, until)
     assert errors.mean().abs() < 5e-3 and (errors * x_t).mean().abs() < 5e-3
     assert errors.square().mean() > 0.1  # a single pair's velocity is far from their mean
 

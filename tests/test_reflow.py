@@ -144,12 +144,12 @@ def test_the_data_module_yields_the_pairs_themselves(drawn, small_shards):
 
 def test_twice_in_a_row_by_the_command_line(tmp_path, data_dir):
     """Pairs of a run, a run on the pairs, pairs of that run, and a run on those; then what is refused."""
-    toy = ("--config", data_dir.parent / "configs" / "toy_prompted.yaml", "--trainer.max_epochs", 1)
+    toy = ("--config", data_dir.parent / "configs" / "toy.yaml", "--trainer.max_epochs", 1)
     fast = ("--data.samples", 2000, "--sampling.every_n_epochs", 0, "--evaluation.every_n_epochs", 0)
     assert run_here("train.py", *toy, *fast, cwd=tmp_path).returncode == 0
     student = ("--config", data_dir.parent / "configs" / "toy_reflow.yaml", "--trainer.max_epochs", 1)
     small = ("--data.batch_size", 50, "--data.val_size", 100, "--evaluation.every_n_epochs", 0, "--sampling.rows", 5)
-    teacher = "runs/toy_prompted/version_0/checkpoints/last.ckpt"
+    teacher = "runs/toy/version_0/checkpoints/last.ckpt"
     for again in range(2):
         draw = ("--teacher", teacher, "--pairs", 2500, "--steps", 2, "--out", f"pairs{again}")
         done = run_here("flowmatch_mnist/reflow.py", *draw, cwd=tmp_path)

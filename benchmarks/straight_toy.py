@@ -1,0 +1,70 @@
+"""The toy before and after reflow: the ways of its points, how straight they are, and what few steps make of them.
+
+    python train.py --config configs/toy.yaml
+    python -m flowmatch_mnist.reflow --pairs 50000 --out pairs_toy
+    python train.py --config configs/toy_reflow.yaml
+    python benchmarks/straight_toy.py
+
+Writes `docs/straight_toy.png`, and prints the straightness of each (Liu et al. 2022, equation 9; 0 is straight) and how
+far from the curve, in the mean, points end by few steps of Euler's.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from flowmatch_mnist.errors import exit_on_error
+from flowmatch_mnist.files import replacing
+from flowmatch_mnist.generate import Flow, Sampler, Samples, generate
+from flowmatch_mnist.models import load, newest_checkpoint
+from flowmatch_mnist.reflow import straightness
+from flowmatch_mnist.toy import LENGTH, CurveDataModule, curve
+
+POINTS = 5000
+SHOWN = 200
+
+
+def draw(flow: Flow, data: CurveDataModule, steps: int) -> Samples:
+    """Points by Euler's steps, with the states on the way."""
+    return generate(flow, torch.zeros(POINTS, dtype=torch.int64), Sampler(steps, "euler"), keep_states=True, finish=data.finish)
+
+
+def main() -> None:
+    """Measure, print and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", type=Path, help="default: the newest run called toy")
+    parser.add_argument("--after", type=Path, help="default: the newest run called toy_reflow")
+    parser.add_argument("--out", type=Path, default=Path("docs/straight_toy.png"))
+    options = parser.parse_args()
+    data = CurveDataModule()
+    figure = Figure(figsize=(12, 4), dpi=100, layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    x = torch.linspace(0, LENGTH, 400)
+    given = (("before", "toy", options.before), ("after", "toy_reflow", options.after))
+    for axes, (when, name, path) in zip(panels, given, strict=True):
+        flow, _ = load(path or newest_checkpoint(name=name))
+        fine = draw(flow, data, 100)
+        assert fine.states is not None
+        # In the units of the network, as the paper has it.
+        bend = straightness(data.scale(fine.states)).mean().item()
+        ends = []
+        for steps in (1, 2, 4):
+            (near,) = data.measure(draw(flow, data, steps), "test", torch.device("cpu"))
+            ends.append(f"{steps} step{'s' * (steps > 1)} {near.value:.3f}")
+        print(f"{when} reflow: straightness {bend:.4f}; {'; '.join(ends)}", flush=True)
+        ways = fine.states[:, :SHOWN]
+        for n in range(SHOWN):
+            axes.plot(ways[:, n, 0], ways[:, n, 1], color="grey", linewidth=0.5)
+        axes.scatter(*fine.values[:SHOWN].T, s=6)
+        axes.plot(*curve(x).T, color="black", linewidth=0.8)
+        axes.set(title=f"{when} reflow: straightness {bend:.3f}", aspect="equal")
+    with replacing(options.out) as temporary:
+        figure.savefig(temporary)
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main()
