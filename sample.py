@@ -31,7 +31,7 @@ FRAMES = 61
 # Written out here, since importing them would import torch before a mistake on the command line could be told.
 SOLVERS = ("euler", "midpoint", "heun", "rk4", "dpmpp_2m", "average", "dopri5")
 SPACINGS = ("uniform", "log_snr")
-WEIGHTS = ("mnist", "one-step")
+WEIGHTS = ("mnist", "few-step", "one-step")
 
 
 def labels(text: str) -> list[int]:

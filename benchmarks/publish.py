@@ -8,6 +8,7 @@ digits, and of few enough for a test to draw them again.
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import lightning
@@ -40,10 +41,12 @@ def main() -> None:
     parser.add_argument("name", choices=PRETRAINED)
     parser.add_argument("--checkpoint", type=Path, required=True, help="last.ckpt of a run")
     parser.add_argument("--command", required=True, help="that trained it")
+    parser.add_argument("--steps", type=int, help="of its sampler (default: as in its config)")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     checkpoint, flow, sampler = load_digits(options.checkpoint, options.device)
+    sampler = replace(sampler, steps=options.steps or sampler.steps)
     data = MNISTDataModule(options.data_dir)
     data.prepare_data()
     data.setup("test")

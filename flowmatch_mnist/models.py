@@ -22,7 +22,7 @@ from flowmatch_mnist.unet import UNet
 
 log = logging.getLogger(__name__)
 
-PRETRAINED = {name: Path(__file__).with_name(f"{name}.safetensors") for name in ("mnist", "one-step")}
+PRETRAINED = {name: Path(__file__).with_name(f"{name}.safetensors") for name in ("mnist", "few-step", "one-step")}
 """The trained weights in the package; how they were trained, and their figures, stand in the file."""
 
 KEY = "flowmatch_mnist"
