@@ -12,7 +12,6 @@ import math
 import re
 import sys
 import time
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -170,18 +169,13 @@ def main() -> None:
     from rich.progress import Progress
 
     from flowmatch_mnist.generate import generate
-    from flowmatch_mnist.models import PRETRAINED, load_digits
+    from flowmatch_mnist.models import PRETRAINED, load_digits, with_changes
     from flowmatch_mnist.pictures import grid, save_gif, save_npz, save_png
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, flow, sampler = load_digits(PRETRAINED[options.weights] if options.weights else options.checkpoint, device)
     settings = ("steps", "solver", "guidance", "guidance_interval", "spacing", "churn")
-    asked = {name: getattr(options, name) for name in settings if getattr(options, name) is not None}
-    try:
-        sampler = replace(sampler, **asked)
-        flow.check(sampler)
-    except ValueError as error:
-        raise UserError(error) from error
+    sampler = with_changes(flow, sampler, {name: getattr(options, name) for name in settings})
 
     asked_labels = torch.tensor(list(chain.from_iterable(options.labels)))
     if options.interpolate:  # a row for each label

@@ -1,9 +1,13 @@
 """Flow matching on MNIST: train a class-conditional velocity field, draw digits by label.
 
-from flowmatch_mnist import draw
+In a notebook, or anywhere:
 
-digits = draw([3, 1, 4, 1, 5])  # with the weights in the package; it shows itself in a notebook
-digits.values  # uint8 (5, 28, 28)
+    from flowmatch_mnist import draw
+
+    digits = draw([3, 1, 4, 1, 5])  # with the weights in the package; it shows itself in a notebook
+    digits.values  # uint8 (5, 28, 28)
+
+Training is for `train.py`, see README.md.
 """
 
 from importlib import import_module

@@ -297,7 +297,7 @@ class MNISTDataModule(PairsDataModule):
         if not 1 <= val_size <= 60_000 - batch_size:
             raise ValueError(f"val_size must leave a batch of {batch_size} of the 60,000 to train on, got {val_size}")
         self.data_dir = Path(data_dir)
-        self.rulers: dict[str, Ruler] = {}
+        self.rulers: dict[str, Callable[[Samples], list[Figure]]] = {}
         self.val_size = val_size
 
     def prepare_data(self) -> None:
@@ -327,11 +327,16 @@ class MNISTDataModule(PairsDataModule):
         return [self.fixed_noise(split, count), *u]
 
     def measure(self, samples: Samples, split: Literal["val", "test"], device: torch.device) -> list[Figure]:
-        """The ruler's figures, beside the images of the split; see `metrics.Ruler`."""
+        """The figures of samples, beside the images of the split; these are looked at once."""
         if split not in self.rulers:
-            (images, labels, *_), (training, training_labels) = self.splits[split], self.splits["train"]
-            self.rulers[split] = Ruler((images, labels), (training, training_labels), device)
-        return self.rulers[split].measure(samples.values, samples.labels)
+            self.rulers[split] = self.ruler(split, device)
+        return self.rulers[split](samples)
+
+    def ruler(self, split: Literal["val", "test"], device: torch.device) -> Callable[[Samples], list[Figure]]:
+        """What measures samples beside the images of a split: see `metrics.Ruler`."""
+        (images, labels, *_), (training, training_labels) = self.splits[split], self.splits["train"]
+        ruler = Ruler((images, labels), (training, training_labels), device)
+        return lambda samples: ruler.measure(samples.values, samples.labels)
 
     def scale(self, data: Tensor, u: Tensor | None = None) -> Tensor:
         """Grey levels (B, 28, 28), at the middle of their cells or at u, as images (B, 1, 28, 28), mostly in [-1, 1]."""
@@ -371,6 +376,7 @@ class IDXDataModule(MNISTDataModule):
             raise UserError(f"{self.data_dir} has {len(images):,} training images; lower val_size to leave a batch of them")
         return images, labels
 
-    def measure(self, samples: Samples, split: Literal["val", "test"], device: torch.device) -> list[Figure]:
-        """Whether the samples are copies of training images."""
-        return Copies(self.splits[split][0], self.splits["train"][0], device).measure(samples.values)
+    def ruler(self, split: Literal["val", "test"], device: torch.device) -> Callable[[Samples], list[Figure]]:
+        """What tells whether samples are copies of training images."""
+        copies = Copies(self.splits[split][0], self.splits["train"][0], device)
+        return lambda samples: copies.measure(samples.values)

@@ -12,7 +12,6 @@ int64 (N,), 0 to 9, and gives images, uint8 (N, 28, 28):
 
 import logging
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from flowmatch_mnist.errors import Parser, UserError, exit_on_error
 from flowmatch_mnist.files import replacing
 from flowmatch_mnist.generate import Flow, Sampler, to_images
-from flowmatch_mnist.models import find, load_digits
+from flowmatch_mnist.models import find, load_digits, with_changes
 
 
 class Drawing(nn.Module):
@@ -83,12 +82,7 @@ def main() -> None:
     add("--guidance", type=float, help="(default: the model's own)")
     options = parser.parse_args()
     path, flow, sampler = load_digits(find(options.weights) if options.weights else None, "cpu")
-    asked = {name: getattr(options, name) for name in ("steps", "solver", "guidance") if getattr(options, name) is not None}
-    try:
-        sampler = replace(sampler, **asked)
-        flow.check(sampler)
-    except ValueError as error:
-        raise UserError(error) from error
+    sampler = with_changes(flow, sampler, {name: getattr(options, name) for name in ("steps", "solver", "guidance")})
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     export(flow, sampler, options.out)
     print(f"wrote {options.out}, {path} with {sampler.description()}")

@@ -142,6 +142,20 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[Flow, Sampler]
     return Flow(net.to(device).eval(), held["path"], held["prediction"], held["pixels"]), sampler
 
 
+def with_changes(flow: Flow, sampler: Sampler, asked: Mapping[str, Any]) -> Sampler:
+    """A model's own sampler with what a command line asks for in its place; None stands for what it does not mention.
+
+    Raises:
+        UserError: if the sampler cannot be changed so, or the network cannot do it.
+    """
+    try:
+        changed = replace(sampler, **{name: value for name, value in asked.items() if value is not None})
+        flow.check(changed)
+    except ValueError as error:
+        raise UserError(error) from error
+    return changed
+
+
 def draw(
     labels: Iterable[int], weights: str | Path = "mnist", *, seed: int = 0, device: str = "cpu", **changes: Any
 ) -> Samples:

@@ -12,7 +12,6 @@ sections 2.1 and 2.2 (reflow), and equation 9 (straightness).
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -27,7 +26,7 @@ from flowmatch_mnist.errors import Parser, UserError, exit_on_error
 from flowmatch_mnist.files import digest, load_weights, save_weights
 from flowmatch_mnist.generate import Flow, Sampler, Samples, generate
 from flowmatch_mnist.metrics import Figure
-from flowmatch_mnist.models import find, load, newest_or_packaged
+from flowmatch_mnist.models import find, load, newest_or_packaged, with_changes
 
 SHARD = 2500
 """Pairs in a file."""
@@ -124,13 +123,13 @@ def load_pairs(folder: Path, shape: tuple[int, ...], classes: int) -> dict[str, 
     first = shard_path(folder, 0)
     if not first.is_file():
         raise UserError(f"no pairs in {folder}; draw some with `python -m flowmatch_mnist.reflow --out {folder}`")
-    _, said = load_weights(first)
+    pairs, said = load_weights(first)
     if said.get("path") != LINE:
         raise UserError(f"{first} holds no pairs of the {LINE} path, but of {said.get('path')}; draw the pairs again")
     shards = []
     for number in range(int(said["shards"])):
         path = shard_path(folder, number)
-        pairs, its_own = load_weights(path)
+        pairs, its_own = load_weights(path) if number else (pairs, said)
         if its_own != {**said, "number": str(number)}:
             raise UserError(f"{path} is not of one drawing with {first}; draw the pairs again")
         if not fits(pairs, shape, classes):
@@ -258,12 +257,7 @@ def main() -> None:
         raise UserError("--pairs and --batch-size must be at least 1")
     path = find(options.teacher) if options.teacher else newest_or_packaged()
     flow, sampler = load(path, options.device)
-    asked = {name: getattr(options, name) for name in ("steps", "solver", "guidance") if getattr(options, name) is not None}
-    try:
-        sampler = replace(sampler, **asked)
-        flow.check(sampler)
-    except ValueError as error:
-        raise UserError(error) from error
+    sampler = with_changes(flow, sampler, {name: getattr(options, name) for name in ("steps", "solver", "guidance")})
     print(f"drawing with {path} ({sampler.description()}, seed {options.seed})", flush=True)
     files, drawn = draw_pairs(options.out, flow, sampler, options.pairs, seed=options.seed, batch_size=options.batch_size)
     print(f"{options.out} holds {files * SHARD:,} pairs in {files} files, {drawn} of them drawn now")
