@@ -19,7 +19,6 @@ import torch
 from matplotlib.figure import Figure
 from steps import measure
 
-from flowmatch_mnist import streams
 from flowmatch_mnist.data import MNISTDataModule
 from flowmatch_mnist.errors import UserError, exit_on_error
 from flowmatch_mnist.files import replacing, save_json
@@ -58,11 +57,10 @@ def draw_ways(found: dict[str, torch.Tensor], path: Path) -> None:
     """Some pixels' ways from noise to digit, a panel for each model, the same pixels of the same noises."""
     figure = Figure(figsize=(3.2 * len(found), 3), dpi=100, layout="constrained")
     panels = figure.subplots(1, len(found), sharex=True, sharey=True, squeeze=False)[0]
-    source = streams.generator("cpu", "pixels of ways")
+    pixels = next(iter(found.values()))[0].numel()
+    chosen = torch.randint(pixels, (40,), generator=torch.Generator().manual_seed(0))
     for axes, (name, states) in zip(panels, found.items(), strict=True):
         flat = states.flatten(1)
-        source.manual_seed(0)
-        chosen = torch.randint(flat.shape[1], (40,), generator=source)
         axes.plot(torch.linspace(0, 1, len(flat)).numpy(), flat[:, chosen].numpy(), linewidth=0.6)
         axes.set(title=f"{name}: {straightness(states).mean():.3f}", xlabel="t")
     panels[0].set_ylabel("grey level of a pixel")

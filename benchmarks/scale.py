@@ -10,11 +10,13 @@ what a product of large matrices reaches in the same turns. Processes share the 
 
 import argparse
 import time
+from pathlib import Path
 from statistics import median
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import yaml
 from rich.console import Console
 from rich.table import Table
 from torch.nn.parallel import DistributedDataParallel
@@ -23,8 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from flowmatch_mnist.muon import Muon
 from flowmatch_mnist.unet import UNet
 
-WIDTHS = (16, 48, 96)
-BATCH = 64
+CONFIG = yaml.safe_load((Path(__file__).resolve().parent.parent / "configs" / "quick.yaml").read_text())
+WIDTHS: tuple[int, ...] = tuple(CONFIG["model"]["net"]["init_args"]["channels"])
+BATCH: int = CONFIG["data"]["init_args"]["batch_size"]
 
 
 class Step:
