@@ -41,7 +41,7 @@ def samplers(solvers: list[str], evaluations: list[int], guidances: list[float])
 
 def measure(flow: Flow, sampler: Sampler, data: MNISTDataModule, count: int, seed: int) -> dict[str, Any]:
     """Draw and measure; the sampler, its evaluations and the figures."""
-    samples = generate(flow, torch.arange(count) % 10, sampler, seed=seed, batch_size=500)
+    samples = generate(flow, torch.arange(count) % 10, sampler, seed=seed)
     figures = data.measure(samples, "test", next(flow.net.parameters()).device)
     told = {figure.title: figure.telling for figure in figures if figure.main}
     return {"sampler": asdict(sampler), "evaluations": samples.evaluations, **told}

@@ -184,6 +184,11 @@ class Samples:
         return as_png(grid(self.values, min(10, len(self.values)))) if self.values.dtype == torch.uint8 else None
 
 
+def default_batch_size(device: torch.device | str) -> int:
+    """How many samples are drawn at a time: few stay in the caches of a processor, and many keep a GPU busy."""
+    return 100 if torch.device(device).type == "cpu" else 1000
+
+
 @torch.inference_mode()
 def generate(
     flow: Flow,
@@ -193,7 +198,7 @@ def generate(
     seed: int = 0,
     noise: Tensor | None = None,
     numbers: Sequence[int] | None = None,
-    batch_size: int = 250,
+    batch_size: int | None = None,
     keep_states: bool = False,
     finish: Callable[[Tensor], Tensor] | None = None,
     on_batch: Callable[[int], None] = lambda drawn: None,
@@ -210,7 +215,7 @@ def generate(
         seed: of the noise.
         noise: to start from, (N, *shape), in place of the seed's.
         numbers: of the samples in a larger whole, whose noise is given: what churn draws for each is told by its number.
-        batch_size: how many are drawn at a time, at least 1.
+        batch_size: how many are drawn at a time, at least 1; by default as suits the device.
         keep_states: whether to keep the states on the way too.
         finish: turns states (B, *shape) into what is kept of them; by default, images of bytes on the flow's scale.
         on_batch: called after each batch with how many samples it drew.
@@ -226,7 +231,7 @@ def generate(
     net.eval()
     kept = []
     evaluations, done = 0, 0
-    for y in labels.split(batch_size):
+    for y in labels.split(batch_size or default_batch_size(device)):
         guided = flow.guided(y.to(device), sampler)
         x0 = draw_noise(len(y), net.shape, source) if noise is None else noise[done : done + len(y)]
         batch = range(done, done + len(y)) if numbers is None else numbers[done : done + len(y)]

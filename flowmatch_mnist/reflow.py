@@ -40,7 +40,7 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"pairs_{number:05}.safetensors"
 
 
-def draw_shard(flow: Flow, sampler: Sampler, number: int, seed: int, batch_size: int) -> dict[str, Tensor]:
+def draw_shard(flow: Flow, sampler: Sampler, number: int, seed: int, batch_size: int | None) -> dict[str, Tensor]:
     """Noise x0 and the data x1 it is carried to, float16 (SHARD, *shape), of the classes y in turn, int64 (SHARD,).
 
     The noise is rounded to float16 before it is carried, so that what is kept is what was carried.
@@ -73,7 +73,7 @@ def describe(flow: Flow, sampler: Sampler, seed: int, shards: int) -> dict[str, 
 
 
 def draw_pairs(
-    folder: Path, flow: Flow, sampler: Sampler, count: int, *, seed: int = 0, batch_size: int = 250
+    folder: Path, flow: Flow, sampler: Sampler, count: int, *, seed: int = 0, batch_size: int | None = None
 ) -> tuple[int, int]:
     """Draw pairs into a folder, as many files as hold `count`. Whole files of the same pairs that are there are kept.
 
@@ -83,7 +83,7 @@ def draw_pairs(
         sampler: how it carries the noise; its guidance is in the pairs, and the student needs none.
         count: of pairs, rounded up to whole files.
         seed: of the noise.
-        batch_size: how many are carried at a time.
+        batch_size: how many are carried at a time; by default as suits the device.
 
     Returns:
         How many files there are, and how many of them were drawn now.
@@ -250,10 +250,10 @@ def main() -> None:
         help="of the teacher; it is in the pairs, and the student needs none (default: the model's own)",
     )
     add("--seed", type=int, default=0, help="of the noise (default: 0)")
-    add("--batch-size", type=int, default=250, help="samples carried at a time (default: 250)")
+    add("--batch-size", type=int, help="samples carried at a time (default: 100 on a processor, 1000 on a GPU)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    if min(options.pairs, options.batch_size) < 1:
+    if options.pairs < 1 or (options.batch_size is not None and options.batch_size < 1):
         raise UserError("--pairs and --batch-size must be at least 1")
     path = find(options.teacher) if options.teacher else newest_or_packaged()
     flow, sampler = load(path, options.device)
