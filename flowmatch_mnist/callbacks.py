@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -16,7 +16,7 @@ from torch import Tensor
 from flowmatch_mnist import streams
 from flowmatch_mnist.data import PairsDataModule
 from flowmatch_mnist.files import save_json
-from flowmatch_mnist.generate import Samples, draw_noise, generate
+from flowmatch_mnist.generate import Sampler, Samples, draw_noise, generate
 from flowmatch_mnist.metrics import table
 from flowmatch_mnist.module import FlowMatching, is_logged
 from flowmatch_mnist.pictures import save_npz, save_png
@@ -179,14 +179,16 @@ class Evaluate(Periodic):
     """Measures samples drawn with the averaged weights, so that quality is watched, and not the loss alone.
 
     While training it measures a few, into TensorBoard. In `validate` and `test` it measures many: prints a table, and writes
-    `metrics.json` beside the checkpoint. What is measured is for the data module to say. Each process draws a share of the
-    samples, the same samples whatever the number of processes; one of them measures all.
+    `metrics.json` beside the checkpoint; then a few again by other numbers of steps, as curves over the evaluations into
+    TensorBoard too. What is measured is for the data module to say. Each process draws a share of the samples, the same samples
+    whatever the number of processes; one of them measures all.
 
     Args:
         every_n_epochs: how often to measure while training, in epochs; 0 is never.
         every_n_steps: how often to measure while training, in optimizer steps; 0 is never.
         samples: how many are drawn while training, the classes in turn.
         test_samples: how many are drawn in `validate` and `test`, the classes in turn.
+        steps: of the sampler, by which `validate` and `test` measure `samples` more each.
         seed: of the noise.
 
     Raises:
@@ -199,13 +201,17 @@ class Evaluate(Periodic):
         every_n_steps: int = 0,
         samples: int = 1000,
         test_samples: int = 10_000,
+        steps: Sequence[int] = (1, 2, 4, 8, 16),
         seed: int = 0,
     ) -> None:
         super().__init__(every_n_epochs, every_n_steps)
         if min(samples, test_samples) < 2:
             raise ValueError("Evaluate needs samples and test_samples of at least 2")
+        if min(steps, default=1) < 1:
+            raise ValueError(f"Evaluate needs steps of at least 1, got {list(steps)}")
         self.samples = samples
         self.test_samples = test_samples
+        self.steps = sorted(set(steps))
         self.seed = seed
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -219,7 +225,7 @@ class Evaluate(Periodic):
 
     def act(self, trainer: Trainer, module: FlowMatching) -> None:
         """Measure a few samples beside the validation data, log the figures and print the most telling."""
-        samples = self.draw(trainer, module, self.samples)
+        samples = self.draw(trainer, module, module.sampler, self.samples)
         if not trainer.is_global_zero:
             return
         data: PairsDataModule = trainer.datamodule  # type: ignore[attr-defined]
@@ -234,13 +240,15 @@ class Evaluate(Periodic):
     def judge(self, trainer: Trainer, module: FlowMatching, split: Literal["val", "test"]) -> None:
         """Measure many samples beside the split, print the table and write the file."""
         started = time.perf_counter()
-        samples = self.draw(trainer, module, self.test_samples)
+        samples = self.draw(trainer, module, module.sampler, self.test_samples)
         drawn = time.perf_counter()
+        by_steps = self.vary(trainer, module, split)
         if not trainer.is_global_zero:
             return
         data: PairsDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        begun = time.perf_counter()
         figures = data.measure(samples, split, module.device)
-        seconds = {"drawing": round(drawn - started, 1), "measuring": round(time.perf_counter() - drawn, 1)}
+        seconds = {"drawing": round(drawn - started, 1), "measuring": round(time.perf_counter() - begun, 1)}
         loss = trainer.callback_metrics[f"loss/{split}"].item()
         checkpoint = Path(str(trainer.ckpt_path))
         print(
@@ -248,6 +256,9 @@ class Evaluate(Periodic):
             f"{module.sampler.description()} (NFE {samples.evaluations}), seed {self.seed}; beside the {split} split\n"
             f"{table(figures)}\n{f'loss/{split}':36}{loss:10.4f}"
         )
+        for number, point in enumerate(by_steps):
+            told = ", ".join(f"{title} {value:.3f}" for title, value in point["figures"].items())
+            print(f"{'and' if number else f'{self.samples:,} samples'} by {point['evaluations']} evaluations: {told}")
         report = checkpoint.with_name("metrics.json")
         save_json(
             report,
@@ -259,6 +270,7 @@ class Evaluate(Periodic):
                 "samples": len(samples.labels),
                 "sampler": asdict(module.sampler),
                 "evaluations": samples.evaluations,
+                "by steps": by_steps,
                 "seed": self.seed,
                 "seconds": seconds,
                 "versions": {name: version(name) for name in ("flowmatch-mnist", "torch", "lightning", "torchmetrics")},
@@ -266,7 +278,25 @@ class Evaluate(Periodic):
         )
         print(f"wrote {report} after {seconds['drawing']:.0f} s of drawing and {seconds['measuring']:.0f} s of measuring")
 
-    def draw(self, trainer: Trainer, module: FlowMatching, count: int) -> Samples:
+    def vary(self, trainer: Trainer, module: FlowMatching, split: Literal["val", "test"]) -> list[dict[str, Any]]:
+        """Measure a few samples by each number of steps, log the headlines over the evaluations, and tell them."""
+        data: PairsDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        if not data.headlines or module.sampler.solver == "dopri5":  # which chooses its own steps
+            return []
+        points = []
+        for steps in self.steps:
+            samples = self.draw(trainer, module, replace(module.sampler, steps=steps), self.samples)
+            if not trainer.is_global_zero:
+                continue
+            figures = {f.title: f.telling for f in data.measure(samples, split, module.device) if f.tag in data.headlines}
+            points.append({"steps": steps, "evaluations": samples.evaluations, "samples": self.samples, "figures": figures})
+            if isinstance(trainer.logger, TensorBoardLogger):
+                for title, value in figures.items():
+                    tag = f"quality_by_evaluations/{title}"
+                    trainer.logger.experiment.add_scalar(tag, value, samples.evaluations)
+        return points
+
+    def draw(self, trainer: Trainer, module: FlowMatching, sampler: Sampler, count: int) -> Samples:
         """Draw `count` samples, a share in each process, and bring them together in every process."""
         data: PairsDataModule = trainer.datamodule  # type: ignore[attr-defined]
         rank, ranks = trainer.global_rank, trainer.world_size
@@ -280,7 +310,7 @@ class Evaluate(Periodic):
         share = generate(
             averaged(trainer, module).flow,
             labels[numbers],
-            module.sampler,
+            sampler,
             seed=self.seed,
             noise=noise[numbers],
             numbers=numbers.tolist(),

@@ -275,6 +275,7 @@ class CLI(LightningCLI):
                         f"{checkpoint} holds a model with {key} {held.get(key)}, but the config asks for {wanted[key]}; "
                         "give the --config it was trained with, or none"
                     )
+            self.model.start = None  # the checkpoint overrules those weights, and their file may be gone by now
             # Not in the config that is kept: a run from it should start afresh.
             self.config[self.subcommand].ckpt_path = None
             if self.trainer.is_global_zero:

@@ -113,6 +113,8 @@ def test_validate_and_test_need_only_the_checkpoint(tiny_run, subcommand):
     report = json.loads((tiny_run / "runs/tiny/version_0/checkpoints/metrics.json").read_text())
     assert report["checkpoint"] == "last.ckpt" and report["split"] == split
     assert report["samples"] == 40 and report["evaluations"] == 4 and report["sampler"]["solver"] == "midpoint"
+    assert [(point["steps"], point["evaluations"]) for point in report["by steps"]] == [(1, 2), (3, 6)]
+    assert "\n20 samples by 2 evaluations: label accuracy " in done.stdout and "\nand by 6 evaluations: " in done.stdout
     assert report["figures"]["label accuracy"]["real data"] > 0.99
     assert report["figures"]["Frechet distance"]["samples"] > report["figures"]["Frechet distance"]["real data"]
     assert sorted(path.name for path in (tiny_run / "runs/tiny").iterdir()) == ["version_0"]
@@ -129,7 +131,7 @@ def test_two_processes_measure_what_one_does(tiny_run, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("wrote ") == 1
         reports.append(json.loads((tmp_path / "runs/tiny/version_0/checkpoints/metrics.json").read_text()))
-    assert reports[0]["figures"] == reports[1]["figures"]
+    assert reports[0]["figures"] == reports[1]["figures"] and reports[0]["by steps"] == reports[1]["by steps"]
     assert reports[0]["loss/val"] == pytest.approx(reports[1]["loss/val"], abs=1e-5)
 
 

@@ -158,6 +158,9 @@ def test_twice_in_a_row_by_the_command_line(tmp_path, data_dir):
         done = run_here("train.py", *student, *small, *pairs, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         teacher = f"runs/toy_reflow/version_{again}/checkpoints/last.ckpt"
+    (tmp_path / "runs/toy_reflow/version_0/checkpoints/last.ckpt").unlink()  # what the newest run began with
+    done = run_here("train.py", "--ckpt_path", "last", "--trainer.max_epochs", 2, cwd=tmp_path)
+    assert done.returncode == 0 and f"going on from {teacher}" in done.stdout, done.stderr
     mixed = ("--teacher", teacher, "--pairs", 2500, "--out", "pairs0")
     assert_one_line_error(run_here("flowmatch_mnist/reflow.py", *mixed, cwd=tmp_path), "pairs0", "another")
     cosine = (*student, *small, "--data.pairs", "pairs0", "--model.path", "cosine")

@@ -2,15 +2,18 @@
 
 import io
 import json
+import shutil
+import subprocess
 from urllib.parse import urlencode
 from urllib.request import Request, urlopen
 
 import pytest
-from conftest import TINY, run
+from conftest import TINY, run, run_here
 from PIL import Image
 from tensorboard import program
 
 RUN = "tiny/version_0"
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
 
 
 @pytest.fixture(scope="module")
@@ -20,15 +23,22 @@ def measured_run(tmp_path_factory, data_dir):
     few = ("--evaluation.every_n_epochs", 1, "--evaluation.samples", 20, "--data.data_dir", data_dir)
     done = run("train.py", "--config", TINY, *few, cwd=folder)
     assert done.returncode == 0, done.stderr
+    done = run_here("train.py", "test", "--ckpt_path", "last", cwd=folder)
+    assert done.returncode == 0, done.stderr
     return folder
 
 
 @pytest.fixture(scope="module")
-def ask(measured_run):
-    """A function that asks a TensorBoard of that run: by path and query, or with a body."""
+def address(measured_run):
+    """Where a TensorBoard of that run listens."""
     board = program.TensorBoard()
     board.configure(argv=[None, "--logdir", str(measured_run / "runs"), "--port", "0", "--load_fast", "false"])
-    address = board.launch()
+    return board.launch()
+
+
+@pytest.fixture(scope="module")
+def ask(address):
+    """A function that asks that TensorBoard: by path and query, or with a body."""
 
     def get(path, body=None, **query):
         data = None if body is None else json.dumps(body).encode()
@@ -51,10 +61,13 @@ def test_scalars_have_few_groups_and_telling_names(ask):
         "speed",
         "quality",
         "quality_details",
+        "quality_by_evaluations",
     }
     assert {"quality/label accuracy", "quality/Frechet distance ratio", "quality/precision", "quality/recall"} <= tags
     steps, values = zip(*[point[1:] for point in ask("scalars/scalars", run=RUN, tag="loss/val")], strict=True)
     assert steps == (5, 11) and all(0 < value < 10 for value in values)
+    curve = ask("scalars/scalars", run=RUN, tag="quality_by_evaluations/Frechet distance ratio")
+    assert [point[1] for point in curve] == [2, 6]  # midpoint in one step, and in three
 
 
 def test_pictures_are_those_on_disk(ask, measured_run):
@@ -95,3 +108,11 @@ def test_the_first_look_has_a_layout(ask):
     charts = {chart["title"]: chart["multiline"]["tag"] for chart in category["chart"]}
     assert charts["losses"] == ["loss/train", "loss/val"]
     assert charts["Frechet distance ratio"] == ["quality/Frechet distance ratio"]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome on the PATH")
+def test_a_browser_shows_the_groups(address, tmp_path):
+    asked = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--virtual-time-budget=30000")
+    done = subprocess.run([BROWSER, *asked, "--dump-dom", f"{address}#timeseries"], capture_output=True, text=True, timeout=120)
+    for shown in (RUN, "loss_by_time", "optimizer", "quality_by_evaluations", "speed"):
+        assert shown in done.stdout, (shown, done.stderr[-500:])
