@@ -289,7 +289,7 @@ def main() -> None:
     shown = []
 
     def report(name: str, seen: int, drawn: Tensor, evaluations: int, drawing: float) -> None:
-        figures = {f.name: f.telling for f in data.measure(Samples(drawn, labels, evaluations), "test", "cpu") if f.main}
+        figures = {f.title: f.telling for f in data.measure(Samples(drawn, labels, evaluations), "test", "cpu") if f.main}
         rows[name] = {
             "images seen": seen,
             "images/s": seen / seconds,

@@ -9,6 +9,7 @@ what a product of large matrices reaches in the same turns. Processes share the 
 """
 
 import argparse
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -68,10 +69,10 @@ def product_rate(device: str) -> float:
     return 2 * 2048**3 / (time.perf_counter() - start)
 
 
-def one_of(rank: int, processes: int, threads: int, turns: int, told: "mp.SimpleQueue[float]") -> None:
+def one_of(rank: int, processes: int, threads: int, turns: int, meeting: str, told: "mp.SimpleQueue[float]") -> None:
     """A process among several; the first tells the images per second of all."""
     torch.set_num_threads(max(1, threads // processes))
-    dist.init_process_group("gloo", "tcp://127.0.0.1:29871", rank=rank, world_size=processes)
+    dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=processes)
     step = Step(WIDTHS, BATCH // processes, "cpu", parallel=True)
     if rank == 0:
         told.put(BATCH / median(step.seconds() for _ in range(turns)))
@@ -106,8 +107,9 @@ def main() -> None:
     if options.device == "cpu":
         for processes in options.processes:
             told = mp.get_context("spawn").SimpleQueue()
-            arguments = (processes, torch.get_num_threads(), options.turns, told)
-            mp.start_processes(one_of, arguments, nprocs=processes, start_method="spawn")
+            with tempfile.TemporaryDirectory() as folder:
+                arguments = (processes, torch.get_num_threads(), options.turns, f"{folder}/meeting", told)
+                mp.start_processes(one_of, arguments, nprocs=processes, start_method="spawn")
             print(f"{processes} processes of batch {BATCH // processes}: {told.get():.0f} images/s", flush=True)
 
 
