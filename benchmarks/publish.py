@@ -8,7 +8,6 @@ digits, and of few enough for a test to draw them again.
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import lightning
@@ -19,7 +18,7 @@ from rich.progress import Progress
 from flowmatch_mnist.data import MNISTDataModule
 from flowmatch_mnist.errors import exit_on_error
 from flowmatch_mnist.generate import Flow, Sampler, generate
-from flowmatch_mnist.models import PRETRAINED, load_digits, read_checkpoint, save
+from flowmatch_mnist.models import PRETRAINED, load_digits, read_checkpoint, save, with_changes
 
 SAMPLES = (10_000, 500)
 """Of so many digits the figures are taken."""
@@ -46,7 +45,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     checkpoint, flow, sampler = load_digits(options.checkpoint, options.device)
-    sampler = replace(sampler, steps=options.steps or sampler.steps)
+    sampler = with_changes(flow, sampler, {"steps": options.steps})
     data = MNISTDataModule(options.data_dir)
     data.prepare_data()
     data.setup("test")

@@ -200,9 +200,9 @@ def test_the_weights_in_the_package_draw_as_well_as_they_say(data_dir):
         count = min(map(int, json.loads(said["figures"])))
         figures = json.loads(said["figures"])[str(count)]
         measured = {f.name: f.value for f in data.measure(generate(flow, torch.arange(count) % 10, sampler), "test", "cpu")}
-        assert measured["label accuracy"] > 0.98
+        assert measured["label accuracy"] > 0.985
         assert measured["Frechet distance"] == pytest.approx(figures["Frechet distance"][0], rel=0.1)
-        assert path.stat().st_size < 8e6 and "python train.py" in said["command"]
+        assert path.stat().st_size < 8e6 and said["command"].split(" && ")[-1].startswith("python train.py")
 
 
 def test_a_saved_model_is_loaded_as_it_was(tmp_path, tiny_net):
