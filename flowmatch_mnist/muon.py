@@ -5,7 +5,7 @@ Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural netw
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,23 +13,31 @@ from torch import Tensor
 from torch.optim import AdamW
 
 
-def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """Push all singular values of each matrix towards 1, by a Newton-Schulz iteration: (N, rows, columns) -> same shape.
+def orthogonalize(matrices: Sequence[Tensor], iterations: int = 5) -> list[Tensor]:
+    """Push all singular values of each matrix towards 1, by a Newton-Schulz iteration: (rows, columns) each -> same shapes.
 
     The quintic's coefficients are Jordan's: after five rounds every singular value that was not tiny lies in about 0.7 to 1.2.
-    Each round multiplies x by a polynomial of x x^T. So the rounds are done on that small square matrix, and x itself is
-    multiplied once, by their product: a third of the operations for a kernel of 96 by 1,728.
+    Each round multiplies x by a polynomial of x x^T. So the rounds are done on that small square matrix, for all x whose is of
+    the same size at once, and x itself is multiplied once, by their product.
     """
-    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    wide = x if x.shape[-2] <= x.shape[-1] else x.mT
-    identity = torch.eye(wide.shape[-2], dtype=x.dtype, device=x.device)
-    gram, product = wide @ wide.mT, identity
-    for _ in range(iterations):
-        polynomial = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
-        gram = polynomial @ gram @ polynomial
-        product = polynomial @ product
-    wide = product @ wide
-    return wide if x.shape[-2] <= x.shape[-1] else wide.mT
+    wide = [x if x.shape[0] <= x.shape[1] else x.mT for x in matrices]
+    sizes: dict[int, list[int]] = defaultdict(list)
+    for n, x in enumerate(wide):
+        sizes[len(x)].append(n)
+    results = list(wide)
+    for size, members in sizes.items():
+        identity = torch.eye(size, dtype=wide[0].dtype, device=wide[0].device)
+        gram = torch.stack([wide[n] @ wide[n].mT for n in members])
+        # The squared Frobenius norm of x is the trace of x x^T.
+        norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].sqrt() + 1e-7
+        gram, product = gram / norm**2, identity / norm
+        for _ in range(iterations):
+            polynomial = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
+            gram = polynomial @ gram @ polynomial
+            product = polynomial @ product
+        for n, factor in zip(members, product, strict=True):
+            results[n] = factor @ wide[n]
+    return [x if x.shape == m.shape else x.mT for x, m in zip(results, matrices, strict=True)]
 
 
 class Muon(AdamW):
@@ -55,6 +63,8 @@ class Muon(AdamW):
         momentum: float = 0.95,
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+        # Fused AdamW would have its gradients unscaled inside the step, under fp16; Muon and clipping want them so before it.
+        self._step_supports_amp_scaling = False
         self.momentum = momentum
 
     @torch.no_grad()
@@ -66,8 +76,8 @@ class Muon(AdamW):
                 loss = closure()
         for group in self.param_groups:
             kernels = [p for p in group["params"] if p.dim() == 4 and p.grad is not None]
-            for same_shape in by_shape(kernels):
-                self._move(same_shape, group["lr"], group["weight_decay"])
+            if kernels:
+                self._move(kernels, group["lr"], group["weight_decay"])
             for p in kernels:
                 p.grad = None  # AdamW leaves alone what has no gradient
         super().step()
@@ -83,15 +93,7 @@ class Muon(AdamW):
         momenta = [self.state[p]["momentum"] for p in kernels]
         torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
         nesterov = torch._foreach_lerp(gradients, momenta, self.momentum)
-        updates = orthogonalize(torch.stack([update.flatten(1) for update in nesterov]))
-        scale = 0.2 * max(updates.shape[1:]) ** 0.5
+        updates = orthogonalize([update.flatten(1) for update in nesterov])
+        torch._foreach_mul_(updates, [0.2 * max(update.shape) ** 0.5 for update in updates])
         torch._foreach_mul_(kernels, 1 - lr * weight_decay)
-        torch._foreach_add_(kernels, [u.view(p.shape) for u, p in zip(updates, kernels, strict=True)], alpha=-lr * scale)
-
-
-def by_shape(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
-    """The tensors in groups of equal shape, so that each group is one stack."""
-    groups: dict[torch.Size, list[Tensor]] = defaultdict(list)
-    for tensor in tensors:
-        groups[tensor.shape].append(tensor)
-    return groups.values()
+        torch._foreach_add_(kernels, [u.view(p.shape) for u, p in zip(updates, kernels, strict=True)], alpha=-lr)

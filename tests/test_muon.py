@@ -2,23 +2,24 @@
 
 import copy
 
-import pytest
 import torch
 from torch import nn
 
 from flowmatch_mnist.muon import Muon, orthogonalize
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 30), (2, 30, 8), (1, 1, 9)])
-def test_orthogonalizing_pushes_singular_values_to_one_and_keeps_the_directions(shape):
-    matrices = torch.randn(shape)
-    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
-    found = orthogonalize(matrices)
-    values = torch.linalg.svdvals(found)
-    assert values.min() > 0.6 and values.max() < 1.3
-    # The same singular vectors: the result is diagonal in their basis.
-    inside = u.mT @ found @ vh.mT
-    assert (inside - torch.diag_embed(inside.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-4
+def test_orthogonalizing_pushes_singular_values_to_one_and_keeps_the_directions():
+    # Two of one size, and all others of another; wide and tall.
+    shapes = [(8, 30), (30, 8), (8, 8), (1, 9), (9, 1), (16, 144)]
+    matrices = [100 * torch.randn(shapes[0]), *(torch.randn(shape) for shape in shapes[1:])]
+    for before, found in zip(matrices, orthogonalize(matrices), strict=True):
+        assert found.shape == before.shape
+        u, _, vh = torch.linalg.svd(before, full_matrices=False)
+        values = torch.linalg.svdvals(found)
+        assert values.min() > 0.6 and values.max() < 1.3
+        # The same singular vectors: the result is diagonal in their basis.
+        inside = u.mT @ found @ vh.mT
+        assert (inside - inside.diagonal().diag()).abs().max() < 1e-4
 
 
 def net():

@@ -12,12 +12,13 @@ from flowmatch_mnist.data import MNISTDataModule
 from flowmatch_mnist.generate import Sampler
 from flowmatch_mnist.models import load
 from flowmatch_mnist.module import FlowMatching
+from flowmatch_mnist.muon import Muon
 from flowmatch_mnist.unet import UNet
 
 
-def make(data_dir, folder, callbacks, net=None, **settings):
+def make(data_dir, folder, callbacks, net=None, optimizer=torch.optim.AdamW, **settings):
     torch.manual_seed(1)
-    module = FlowMatching(net or UNet((4, 8, 8), (1, 1, 1)), sampler=Sampler(steps=2), warmup_steps=2)
+    module = FlowMatching(net or UNet((4, 8, 8), (1, 1, 1)), optimizer=optimizer, sampler=Sampler(steps=2), warmup_steps=2)
     data = MNISTDataModule(str(data_dir), batch_size=16, val_size=32, eval_batch_size=16)
     trainer = Trainer(
         default_root_dir=folder,
@@ -119,6 +120,24 @@ def test_validation_is_the_same_whenever_it_is_measured_and_splits_by_time(data_
     by_time = [value for name, value in losses[0].items() if name.startswith("loss_by_time/val")]
     assert len(by_time) == 5 and min(by_time) > 0
     assert min(by_time) <= losses[0]["loss/val"] <= max(by_time)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, Muon])
+def test_trains_in_bf16_with_clipped_gradients_and_keeps_weights_in_fp32(data_dir, tmp_path, optimizer):
+    trainer, module, data = make(data_dir, tmp_path, [], None, optimizer, precision="bf16-mixed", gradient_clip_val=0.01)
+    dtypes, norms = set(), []
+    module.net.stem.register_forward_hook(lambda layer, inputs, output: dtypes.add(output.dtype))
+    clip = module.configure_gradient_clipping
+
+    def clip_and_look(*arguments, **options):
+        clip(*arguments, **options)
+        norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in module.parameters()])))
+
+    module.configure_gradient_clipping = clip_and_look
+    trainer.fit(module, data)
+    assert torch.bfloat16 in dtypes
+    assert len(norms) == 10 and max(norms) < 0.0101
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
 
 
 def test_compiling_leaves_the_names_of_the_weights_and_the_checkpoint_loads(data_dir, tmp_path):
