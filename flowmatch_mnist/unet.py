@@ -72,9 +72,10 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
         qkv = self.qkv(self.norm(x)).view(batch, 3, self.heads, channels // self.heads, height * width)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)
-        h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(h.transpose(-1, -2).reshape(batch, channels, height, width))
+        q, k, v = qkv.unbind(1)
+        share = F.softmax(q.mT @ k * q.shape[-2] ** -0.5, dim=-1)
+        h = v @ share.mT
+        return x + self.out(h.reshape(batch, channels, height, width))
 
 
 class Stage(nn.Module):
