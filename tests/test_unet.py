@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from flowmatch_mnist.unet import UNet
+from flowmatch_mnist.unet import SelfAttention, UNet
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,15 @@ def test_half_of_the_blocks_are_on_the_way_down():
     net = UNet((4, 8, 8), (1, 2, 3))
     depths = [[len(stage.blocks) for stage in stages] for stages in (net.encoder, [net.middle], net.decoder)]
     assert depths == [[0, 1], [3], [1, 1]]
+
+
+def test_attention_mixes_the_places_as_pytorch_does():
+    layer = SelfAttention(8, head_dim=4)
+    torch.nn.init.normal_(layer.out.weight)
+    x = torch.randn(2, 8, 3, 5)
+    q, k, v = layer.qkv(layer.norm(x)).view(2, 3, 2, 4, 15).mT.unbind(1)
+    mixed = F.scaled_dot_product_attention(q, k, v).mT.reshape(2, 8, 3, 5)
+    torch.testing.assert_close(layer(x), x + layer.out(mixed))
 
 
 def test_time_label_and_attention_each_change_the_field(tiny_net):
