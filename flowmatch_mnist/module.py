@@ -287,6 +287,9 @@ class FlowMatching(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer, with warm-up and decay of its learning rate counted in steps."""
         optimizer = self.optimizer(self.parameters())
+        # A fused optimizer offers to unscale the gradients of fp16 in its step, whereupon Lightning refuses to clip them,
+        # though bf16 scales none. Without the offer they are unscaled before they are clipped.
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
 
         def factor(step: int) -> float:
             # Asked for at the first step, not here: that would load the data before a resumed run has its place in them.

@@ -63,8 +63,6 @@ class Muon(AdamW):
         momentum: float = 0.95,
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
-        # Fused AdamW would have its gradients unscaled inside the step, under fp16; Muon and clipping want them so before it.
-        self._step_supports_amp_scaling = False
         self.momentum = momentum
 
     @torch.no_grad()

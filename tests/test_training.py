@@ -1,6 +1,7 @@
 """Training in this process: what is averaged is what is sampled, and a resumed run sees what the whole one saw."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def test_validation_is_the_same_whenever_it_is_measured_and_splits_by_time(data_
     assert min(by_time) <= losses[0]["loss/val"] <= max(by_time)
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, Muon])
+@pytest.mark.parametrize("optimizer", [partial(torch.optim.AdamW, fused=True), Muon])
 def test_trains_in_bf16_with_clipped_gradients_and_keeps_weights_in_fp32(data_dir, tmp_path, optimizer):
     trainer, module, data = make(data_dir, tmp_path, [], None, optimizer, precision="bf16-mixed", gradient_clip_val=0.01)
     dtypes, norms = set(), []
