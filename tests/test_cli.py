@@ -187,7 +187,7 @@ def test_two_processes_share_the_steps_that_one_would_take(tmp_path, data_dir, m
         (["--trainer.max_epochs", "many"], ["trainer.max_epochs: Expected a <class 'int'>, got many"]),
         (["--model.times", "Sometimes"], ["no model.times 'Sometimes'", "Uniform, Start, LogitNormal, Mode, Cosine"]),
         (["--model.net", "Transformer"], ["no model.net 'Transformer'", "UNet", "MLP"]),
-        (["--data", "ImageNet"], ["no data 'ImageNet'", "MNISTDataModule, IDXDataModule", "Reflow", "CurveDataModule"]),
+        (["--data", "ImageNet"], ["no data 'ImageNet'", "MNISTDataModule, IDXDataModule, ReflowDataModule, CurveDataModule"]),
         (["--model.path", "round"], ["no model.path 'round'", "'linear', 'cosine', 'vp'"]),
         (["--model.prediction", "score"], ["no model.prediction 'score'", "'velocity', 'data', 'noise'"]),
         (["--model.weighting", "mine"], ["no model.weighting 'mine'", "'flow_matching', 'sd3', 'edm', 'ddpm'"]),

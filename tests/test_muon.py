@@ -9,7 +9,7 @@ from flowmatch_mnist.muon import Muon, orthogonalize
 
 
 def test_orthogonalizing_pushes_singular_values_to_one_and_keeps_the_directions():
-    # Two of one size, and all others of another; wide and tall.
+    # Wide, tall and square; with a smaller side of 8 three, of 1 two, and of 16 one.
     shapes = [(8, 30), (30, 8), (8, 8), (1, 9), (9, 1), (16, 144)]
     matrices = [100 * torch.randn(shapes[0]), *(torch.randn(shape) for shape in shapes[1:])]
     for before, found in zip(matrices, orthogonalize(matrices), strict=True):

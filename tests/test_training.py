@@ -125,7 +125,7 @@ def test_validation_is_the_same_whenever_it_is_measured_and_splits_by_time(data_
 
 @pytest.mark.parametrize("optimizer", [partial(torch.optim.AdamW, fused=True), Muon])
 def test_trains_in_bf16_with_clipped_gradients_and_keeps_weights_in_fp32(data_dir, tmp_path, optimizer):
-    trainer, module, data = make(data_dir, tmp_path, [], None, optimizer, precision="bf16-mixed", gradient_clip_val=0.01)
+    trainer, module, data = make(data_dir, tmp_path, [], optimizer=optimizer, precision="bf16-mixed", gradient_clip_val=0.01)
     dtypes, norms = set(), []
     module.net.stem.register_forward_hook(lambda layer, inputs, output: dtypes.add(output.dtype))
     clip = module.configure_gradient_clipping
