@@ -76,8 +76,9 @@ def plain(message: object) -> str:
 
 
 def heirs(base: type[object]) -> list[type[object]]:
-    """All classes that are of the kind, each before those that are of its own."""
-    return [kind for child in base.__subclasses__() for kind in (child, *heirs(child))]
+    """All classes that are of the kind, each before those that are of its own; by module, whichever was imported first."""
+    children = sorted(base.__subclasses__(), key=lambda child: child.__module__)
+    return [kind for child in children for kind in (child, *heirs(child))]
 
 
 class LogConfig(SaveConfigCallback):
