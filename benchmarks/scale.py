@@ -2,10 +2,11 @@
 
     python benchmarks/scale.py
 
-A step is forward, backward, clipping and the optimizer's, compiled and channels last, of the network of `configs/quick.yaml`
-unless said otherwise. The settings take turns, and the median of their ratios to the first is told: machines are noisy. The
-operations are PyTorch's own count of those in convolutions and products of matrices, forward and backward; the share is of
-what a product of large matrices reaches in the same turns. Processes share the cores, as with `--trainer.devices`.
+A step is forward, backward, clipping and the optimizer's, compiled, channels last and in the precision that training takes by
+itself, of the network of `configs/quick.yaml` unless said otherwise. The settings take turns, and the median of their ratios to
+the first is told: machines are noisy. The operations are PyTorch's own count of those in convolutions and products of matrices,
+forward and backward; the share is of what a product of large matrices reaches in the same turns. Processes share the cores, as
+with `--trainer.devices`.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from rich.table import Table
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
+from flowmatch_mnist.cli import native_precision
 from flowmatch_mnist.muon import Muon
 from flowmatch_mnist.unet import UNet
 
@@ -31,11 +33,16 @@ WIDTHS: tuple[int, ...] = tuple(CONFIG["model"]["net"]["init_args"]["channels"])
 BATCH: int = CONFIG["data"]["init_args"]["batch_size"]
 
 
+def dtype(device: str) -> torch.dtype:
+    """Of the products: bf16 where the hardware computes in it."""
+    return torch.bfloat16 if native_precision(device) == "bf16-mixed" else torch.float32
+
+
 class Step:
     """A training step of a network of these widths on batches of this size."""
 
     def __init__(self, widths: tuple[int, ...], batch: int, device: str, parallel: bool = False) -> None:
-        self.batch, self.device = batch, device
+        self.batch, self.device, self.mixed = batch, device, dtype(device) == torch.bfloat16
         net = UNet(widths).to(device, memory_format=torch.channels_last)
         shape = (batch, 1, 28, 28)
         self.x, self.u = torch.randn(shape, device=device), torch.randn(shape, device=device)
@@ -52,7 +59,9 @@ class Step:
     def seconds(self) -> float:
         """Of one step."""
         start = time.perf_counter()
-        (self.net(self.x, self.t, self.y) - self.u).square().mean().backward()
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.mixed):
+            loss = (self.net(self.x, self.t, self.y) - self.u).square().mean()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -63,7 +72,7 @@ class Step:
 
 def product_rate(device: str) -> float:
     """Operations per second of a product of two matrices of 2,048 rows and columns."""
-    a = torch.randn(2048, 2048, device=device)
+    a = torch.randn(2048, 2048, device=device, dtype=dtype(device))
     start = time.perf_counter()
     (a @ a)[0, 0].item()
     return 2 * 2048**3 / (time.perf_counter() - start)

@@ -3,15 +3,17 @@
     python benchmarks/speed.py
     pip install -e '.[rivals]' && python benchmarks/speed.py --torchcfm 2
 
-Every `--every` steps a real `train.py` pauses, and the same network takes as many steps, compiled as there, in a loop of
-nothing but PyTorch; then torchcfm's conditional MNIST example takes a few, if asked to. So all see the same machine, whatever
-else it does, and it is the ratios within a round that are reported.
+Every `--every` steps a real `train.py` pauses, and the same network takes as many steps, compiled and in the precision as
+there, in a loop of nothing but PyTorch; then torchcfm's conditional MNIST example takes a few, if asked to, in its fp32. So all
+see the same machine, whatever else it does, and it is the ratios within a round that are reported.
 """
 
 import argparse
 import copy
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -30,15 +32,21 @@ ROUNDS: list[list[float]] = []
 
 
 class Bare:
-    """A module's training without Lightning: nothing is logged, validated, saved, shown or checked."""
+    """A module's training without Lightning: nothing is logged, validated, saved, shown or checked.
 
-    def __init__(self, module: FlowMatching, batch_size: int) -> None:
+    Args:
+        module: the module.
+        batch_size: images of a step.
+        precision: makes the context to compute the loss in, which is Lightning's own.
+    """
+
+    def __init__(self, module: FlowMatching, batch_size: int, precision: Callable[[], AbstractContextManager[None]]) -> None:
         self.net = copy.deepcopy(module.net)
         self.net.compile()
         self.average = [p.detach().clone() for p in self.net.parameters()]
         self.optimizer = module.optimizer(self.net.parameters())
         self.images, self.labels = mnist.load(Path("data"), "train")
-        self.batch_size, self.module, self.path = batch_size, module, PATHS[module.path]
+        self.batch_size, self.module, self.path, self.precision = batch_size, module, PATHS[module.path], precision
         self.generator = torch.Generator().manual_seed(0)
 
     def draw(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,7 +59,8 @@ class Bare:
         x1, y = self.draw(self.batch_size)
         y = drop_labels(y, self.module.label_dropout, self.net.no_label, torch.rand(len(y)))
         x0, t = torch.randn_like(x1), self.module.times.sample(len(y), self.generator)
-        loss = (self.net(self.path.point(x0, x1, t), t, y) - (x1 - x0)).square().mean()
+        with self.precision():
+            loss = (self.net(self.path.point(x0, x1, t), t, y) - (x1 - x0)).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         self.optimizer.step()
@@ -75,7 +84,8 @@ class Beside(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the others."""
         self.batch_size = trainer.datamodule.batch_size  # type: ignore[attr-defined]
-        self.bare = Bare(pl_module, self.batch_size)  # type: ignore[arg-type]
+        precision = trainer.precision_plugin.forward_context
+        self.bare = Bare(pl_module, self.batch_size, precision)  # type: ignore[arg-type]
         if self.torchcfm:
             from rivals import TorchCFM
 
