@@ -380,12 +380,11 @@ class Report(Callback):
         """Print the line."""
         if not trainer.is_global_zero or trainer.sanity_checking or not self._begun:
             return
-        metrics = trainer.callback_metrics
+        train, val = cast(FlowMatching, pl_module).last_loss, trainer.callback_metrics["loss/val"]
         minutes, seconds = divmod(round(self._seconds), 60)
         print(
             f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}: "
-            f"train loss {metrics['loss/train']:.4f}, val loss {metrics['loss/val']:.4f}, "
-            f"{self._rate}{minutes} min {seconds:02d} s",
+            f"train loss {train:.4f}, val loss {val:.4f}, {self._rate}{minutes} min {seconds:02d} s",
             flush=True,
         )
 
