@@ -323,6 +323,13 @@ class Evaluate(Periodic):
         return Samples(interleave(values), labels, max(evaluations))
 
 
+class Bar(RichProgressBar):
+    """Lightning's progress bar, without the "/-2" that it shows where the passes over the data are not limited."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return super()._get_train_description(current_epoch).replace("/-2", "")
+
+
 class Report(Callback):
     """Samples per second into TensorBoard, and one line in the terminal for each validation.
 

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -18,7 +18,7 @@ from torch.utils.tensorboard.summary import hparams
 
 import flowmatch_mnist.reflow
 import flowmatch_mnist.toy  # noqa: F401  so that configs and options can name their data modules
-from flowmatch_mnist.callbacks import EMA, DrawSamples, Evaluate, Report, WriteSamples
+from flowmatch_mnist.callbacks import EMA, Bar, DrawSamples, Evaluate, Report, WriteSamples
 from flowmatch_mnist.data import PairsDataModule
 from flowmatch_mnist.errors import UserError, exit_on_error, one_line
 from flowmatch_mnist.files import replacing
@@ -238,7 +238,7 @@ class CLI(LightningCLI):
         kwargs["callbacks"] = [Report(), *(settings.callbacks or [])]
         callbacks: list[Callback] = [WriteSamples()]
         if settings.enable_progress_bar is not False:
-            callbacks.append(RichProgressBar())
+            callbacks.append(Bar())
         self.trainer_defaults["callbacks"] = callbacks
         kwargs["plugins"] = [CheckpointFiles(), *(settings.plugins or [])]
         if settings.logger in (None, True):

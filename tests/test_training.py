@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from PIL import Image
 
-from flowmatch_mnist.callbacks import EMA, DrawSamples, Evaluate, Report, averaged, interleave
+from flowmatch_mnist.callbacks import EMA, Bar, DrawSamples, Evaluate, Report, averaged, interleave
 from flowmatch_mnist.data import MNISTDataModule
 from flowmatch_mnist.generate import Sampler
 from flowmatch_mnist.models import load
@@ -180,3 +180,10 @@ def test_shares_of_the_ranks_are_put_together_in_order():
 def test_refuses_settings_out_of_range(make_it, words):
     with pytest.raises(ValueError, match=words):
         make_it()
+
+
+@pytest.mark.parametrize(("passes", "told"), [(5, "Epoch 3/4"), (-1, "Epoch 3")])
+def test_the_bar_tells_how_many_passes_only_where_they_are_limited(tmp_path, passes, told):
+    bar = Bar()
+    bar._trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, max_epochs=passes, max_steps=9)
+    assert bar._get_train_description(3).strip() == told
