@@ -5,7 +5,8 @@
 
 Every `--every` steps a real `train.py` pauses, and the same network takes as many steps, compiled and in the precision as
 there, in a loop of nothing but PyTorch; then torchcfm's conditional MNIST example takes a few, if asked to, in its fp32. So all
-see the same machine, whatever else it does, and it is the ratios within a round that are reported.
+see the same machine, whatever else it does, and it is the ratios within a round that are reported. The first step of each turn
+does not count: it finds the memory as another left it.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -69,6 +71,15 @@ class Bare:
             torch._foreach_lerp_(self.average, list(self.net.parameters()), 0.002)
 
 
+def timed(step: Callable[[], object], count: int) -> float:
+    """So many steps, after one that does not count; how many a second."""
+    step()
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    return count / (time.perf_counter() - start)
+
+
 class Beside(Callback):
     """Pauses the training, and has others take steps.
 
@@ -93,22 +104,18 @@ class Beside(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Let the others have their turn."""
+        if batch_idx % self.every == 1:
+            self.since = time.perf_counter()
         if batch_idx % self.every:
             return
-        speeds = [self.every * self.batch_size / (time.perf_counter() - self.since)]
-        start = time.perf_counter()
-        for _ in range(self.every):
-            self.bare.step()
-        speeds.append(self.every * self.batch_size / (time.perf_counter() - start))
+        speeds = [(self.every - 1) * self.batch_size / (time.perf_counter() - self.since)]
+        speeds.append(timed(self.bare.step, self.every - 1) * self.batch_size)
         if self.torchcfm:
-            start = time.perf_counter()
-            for _ in range(self.torchcfm):
-                self.rival.step(*self.bare.draw(self.rival.batch_size))
-            speeds.append(self.torchcfm * self.rival.batch_size / (time.perf_counter() - start))
+            drawn = partial(self.bare.draw, self.rival.batch_size)
+            speeds.append(timed(lambda: self.rival.step(*drawn()), self.torchcfm) * self.rival.batch_size)
         if batch_idx > self.every:  # before, there was compiling
             ROUNDS.append(speeds)
             print(" ".join(f"{speed:8.1f}" for speed in speeds), flush=True)
-        self.since = time.perf_counter()
 
 
 def main() -> None:
