@@ -99,10 +99,12 @@ class CurveDataModule(PairsDataModule):
         # Imported where it is used: it takes a while, and training digits has no need of it.
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
 
         colours = samples.labels.numpy() if self.classes > 1 else "tab:blue"
         styles = {"c": colours, "cmap": "tab10" if self.classes > 1 else None, "s": 4}
-        figure = Figure(figsize=(12, 4), dpi=100, layout="constrained")
+        # The axes keep their shape, and would push their titles out.
+        figure = Figure(figsize=(12, 4), dpi=100, layout=ConstrainedLayoutEngine(h_pad=0.1))
         canvas = FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2, sharex=True, sharey=True)
         x = torch.linspace(0, LENGTH, 400)
