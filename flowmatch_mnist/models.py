@@ -1,5 +1,6 @@
 """From files to models: the checkpoints that training leaves, and the trained weights in the package."""
 
+import inspect
 import json
 import logging
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,9 @@ PRETRAINED = {name: Path(__file__).with_name(f"{name}.safetensors") for name in 
 
 KEY = "flowmatch_mnist"
 """Where in a file the description of its network stands."""
+
+FREE = ("spans", "dropout")
+"""Arguments of a network that may differ from those of the weights it starts with."""
 
 NETWORKS: dict[str, type[Network]] = {"UNet": UNet, "MLP": MLP}
 """The networks that a file may name. A file from a stranger must not choose what is imported."""
@@ -105,10 +109,15 @@ def take_up(net: Network, path: Path) -> None:
     Raises:
         UserError: if the file is missing or damaged, or its weights do not fit.
     """
-    _, weights = read_model(path)
+    held, weights = read_model(path)
     own = net.state_dict()
     wrong = [name for name, value in weights.items() if name not in own or own[name].shape != value.shape]
     wrong += [name for name in own if name not in weights and not name.startswith("span.")]
+    # What makes no difference to any shape, such as the groups of a normalisation; older files lack what was fixed then.
+    defaults = {name: parameter.default for name, parameter in inspect.signature(type(net)).parameters.items()}
+    said = held.get("arguments")
+    theirs = defaults | said if isinstance(said, dict) else {}
+    wrong += [name for name, value in net.arguments.items() if name not in FREE and theirs.get(name) != value]
     if wrong:
         raise UserError(
             f"the weights in {path} do not fit the config's network ({', '.join(wrong[:3])}); set model.net as there"

@@ -3,8 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from flowmatch_mnist.unet import SelfAttention, UNet
+from flowmatch_mnist.errors import UserError
+from flowmatch_mnist.models import PRETRAINED, take_up
+from flowmatch_mnist.unet import ResidualBlock, SelfAttention, UNet
 
 
 @pytest.mark.parametrize(
@@ -42,6 +45,21 @@ def test_half_of_the_blocks_are_on_the_way_down():
     net = UNet((4, 8, 8), (1, 2, 3))
     depths = [[len(stage.blocks) for stage in stages] for stages in (net.encoder, [net.middle], net.decoder)]
     assert depths == [[0, 1], [3], [1, 1]]
+
+
+def test_one_group_normalises_all_channels_together():
+    block = ResidualBlock(8, embedding_dim=4, groups=1)
+    x = torch.randn(2, 8, 3, 5) * torch.arange(1, 9.0)[:, None, None]
+    torch.testing.assert_close(block.norm1(x), F.layer_norm(x, x.shape[1:]))
+    net = UNet((6, 12), (1, 2), (False, True), groups=4)
+    assert {layer.num_groups for layer in net.modules() if isinstance(layer, nn.GroupNorm)} == {2, 4}
+
+
+def test_weights_trained_with_other_groups_are_refused_though_their_shapes_fit():
+    shape = ((24, 64, 128), (1, 2, 2), (False, False, True))
+    take_up(UNet(*shape, dropout=0.1), PRETRAINED["mnist"])
+    with pytest.raises(UserError, match="groups"):
+        take_up(UNet(*shape, groups=1), PRETRAINED["mnist"])
 
 
 def test_attention_mixes_the_places_as_pytorch_does():
