@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flowmatch_mnist.network import Network
+from flowmatch_mnist.paths import match_dims
 
 
 def drop_labels(y: Tensor, probability: float, no_label: int, u: Tensor) -> Tensor:
@@ -15,16 +16,18 @@ def drop_labels(y: Tensor, probability: float, no_label: int, u: Tensor) -> Tens
     return y.masked_fill(u < probability, no_label)
 
 
-def guide(net: Network, x: Tensor, t: Tensor, y: Tensor, scale: float, until: Tensor | None = None) -> Tensor:
+def guide(net: Network, x: Tensor, t: Tensor, y: Tensor, scale: float | Tensor, until: Tensor | None = None) -> Tensor:
     """The guided prediction p_uncond + scale (p_cond - p_uncond): x (B, ...), t, y, until (B,) -> (B, ...).
 
     It is the same rule for velocity, data and noise, which are linear in each other at a given x_t. Scale 1 is off, and 0
     unconditional: either costs one evaluation of the network for each sample. Any other scale costs two, taken in one batch of
-    twice the size.
+    twice the size, and so does a scale for each sample, (B,).
     """
     times = [time for time in (t, until) if time is not None]
     nothing = torch.full_like(y, net.no_label)
-    if scale in (0.0, 1.0):
+    if isinstance(scale, Tensor):
+        scale = match_dims(scale, x)
+    elif scale in (0.0, 1.0):
         return net(x, times[0], y if scale else nothing, *times[1:])
     times = [torch.cat([time, time]) for time in times]
     both = net(torch.cat([x, x]), times[0], torch.cat([y, nothing]), *times[1:])

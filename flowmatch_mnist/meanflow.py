@@ -36,6 +36,7 @@ class MeanFlow:
         teacher: trained weights whose velocity is averaged: a file, or a name of weights in the package. Without a teacher the
             data's own velocity is.
         guidance: scale of the teacher's guidance; it becomes part of what is learned, and sampling needs none.
+        guidance_interval: from and to which t it acts.
         instants: share of the samples with s = t, in [0, 1].
         to_end: share of the others whose span reaches to the data, s = 1, in [0, 1]; the rest end evenly between t and there.
         stride: after which a span is cut, in [0, 1]. 0 takes the mean-flow identity, whose derivative multiplies the network's
@@ -49,6 +50,7 @@ class MeanFlow:
         self,
         teacher: str | None = None,
         guidance: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         instants: float = 0.25,
         to_end: float = 0.5,
         stride: float = 0.05,
@@ -57,8 +59,12 @@ class MeanFlow:
             raise ValueError(f"instants, to_end and stride are shares in [0, 1], got {instants}, {to_end} and {stride}")
         if guidance != 1 and teacher is None:
             raise ValueError(f"guidance {guidance:g} needs a teacher, whose velocity it changes")
+        start, end = guidance_interval
+        if not 0 <= start < end <= 1:
+            raise ValueError(f"the interval of guidance must rise within [0, 1], got {start} to {end}")
         self.teacher = teacher
         self.guidance = guidance
+        self.guidance_interval = guidance_interval
         self.instants = instants
         self.to_end = to_end
         self.stride = stride
@@ -99,7 +105,9 @@ class MeanFlow:
             if self.net is None:
                 velocity = net.forward(x_t, t, y, t)
             else:
-                velocity = u_t = guide(self.net, x_t, t, y, self.guidance)
+                start, end = self.guidance_interval
+                scale = torch.where((start <= t) & (t <= end), self.guidance, 1.0)
+                velocity = u_t = guide(self.net, x_t, t, y, 1.0 if self.guidance == 1 else scale)
             if self.stride:
                 h = (until - t).clamp(max=self.stride)
                 later = net.forward(x_t + match_dims(h, x_t) * velocity, t + h, y, until)

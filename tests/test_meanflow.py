@@ -6,6 +6,7 @@ from conftest import TINY, assert_one_line_error, run_here
 from oracle import MEAN, SPREAD, Gaussian
 from torch import nn
 
+from flowmatch_mnist.guidance import Guided
 from flowmatch_mnist.meanflow import MeanFlow, derivative
 from flowmatch_mnist.models import load
 from flowmatch_mnist.network import Network
@@ -107,6 +108,21 @@ def test_spans_lie_between_t_and_the_end_in_the_shares_asked_for():
     assert (MeanFlow(instants=0, to_end=1).ends(t, u) == 1).all()
 
 
+def test_the_teacher_is_guided_in_its_interval_alone(tiny_net):
+    mean_flow = MeanFlow(teacher="some", guidance=3, guidance_interval=(0.25, 0.5))
+    mean_flow.net = tiny_net
+    x, t, y = torch.randn(4, 1, 28, 28), torch.tensor([0.1, 0.25, 0.4, 0.9]), torch.tensor([1, 2, 3, 4])
+
+    def nothing(x, t, y, until):
+        return torch.zeros_like(x)
+
+    with torch.no_grad():
+        velocities = -mean_flow.error(nothing, x, x, t, y, t)
+        for n, scale in enumerate([1.0, 3.0, 3.0, 1.0]):
+            expected = Guided(tiny_net, y[n : n + 1], scale)(x[n : n + 1], t[n])
+            torch.testing.assert_close(velocities[n : n + 1], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_a_network_that_spans_begins_as_the_one_without(tiny_net):
     spanning = UNet(**(tiny_net.arguments | {"spans": True}))
     spanning.load_state_dict(tiny_net.state_dict(), strict=False)
@@ -117,9 +133,9 @@ def test_a_network_that_spans_begins_as_the_one_without(tiny_net):
         tiny_net(x, t, y, torch.ones(3))
 
 
-@pytest.mark.parametrize("wrong", [{"instants": 1.1}, {"to_end": -0.1}, {"guidance": 1.5}])
+@pytest.mark.parametrize("wrong", [{"instants": 1.1}, {"to_end": -0.1}, {"guidance": 1.5}, {"guidance_interval": (0.6, 0.1)}])
 def test_settings_out_of_range_are_refused(wrong):
-    with pytest.raises(ValueError, match=r"shares|teacher"):
+    with pytest.raises(ValueError, match=r"shares|teacher|interval"):
         MeanFlow(**wrong)
 
 
