@@ -3,9 +3,9 @@ the ways of each are.
 
     python benchmarks/few_steps.py teacher=mnist 2-reflow=runs/reflow/version_0/checkpoints/last.ckpt ...
 
-A model is NAME=WEIGHTS, a file or a name of weights in the package. Each is sampled by its own solver and guidance; where that
-is guided, a step takes two evaluations, and a single evaluation is one without guidance. Several seeds of one model are given
-as the same NAME again, and the table has their mean and range. Writes `docs/few_steps.json`, `docs/few_steps.png` (the same
+A model is NAME=WEIGHTS, a file or a name of weights in the package. Each is sampled by its own solver and guidance, in
+as many steps as the evaluations allow: a guided step takes two. Several seeds of one model are given as the same NAME again,
+and the table has their mean and range. Writes `docs/few_steps.json`, `docs/few_steps.png` (the same
 ten noises in each row) and `docs/ways.png` (how some pixels go from noise to digit), and prints the table.
 """
 
@@ -33,22 +33,19 @@ FINE = 50
 TOLD = {"Frechet distance ratio": ".2f", "label accuracy": ".3f", "recall": ".3f"}
 
 
-def with_evaluations(sampler: Sampler, evaluations: int) -> Sampler:
-    """The sampler with the steps that spend the evaluations; without guidance where there is but one."""
-    if sampler.guidance not in (0, 1) and evaluations > 1:
-        return replace(sampler, steps=evaluations // 2)
+def with_evaluations(flow: Flow, sampler: Sampler, evaluations: int) -> Sampler:
+    """The sampler with the most steps that spend no more evaluations; without guidance where not even one step is so cheap."""
+    for steps in range(evaluations, 0, -1):
+        tried = replace(sampler, steps=steps)
+        if generate(flow, torch.zeros(1, dtype=torch.int64), tried).evaluations <= evaluations:
+            return tried
     return replace(sampler, steps=evaluations, guidance=1.0)
 
 
-def ways(flow: Flow, guidance: float, count: int = 200) -> torch.Tensor:
+def ways(flow: Flow, sampler: Sampler, count: int = 200) -> torch.Tensor:
     """The states of some digits at equal times, (FINE + 1, count, 1, 28, 28)."""
-    drawn = generate(
-        flow,
-        torch.arange(count) % 10,
-        Sampler(FINE, "euler", guidance),
-        keep_states=True,
-        finish=torch.Tensor.clone,
-    )
+    fine = replace(sampler, steps=FINE, solver="euler")
+    drawn = generate(flow, torch.arange(count) % 10, fine, keep_states=True, finish=torch.Tensor.clone)
     assert drawn.states is not None
     return drawn.states
 
@@ -89,13 +86,14 @@ def main() -> None:
     shown, states = [], {}
     for name, weights in models:
         _, flow, sampler = load_digits(find(weights), options.device)
-        found = ways(flow, sampler.guidance)
+        found = ways(flow, sampler)
         straight[name].append(straightness(found).mean().item())
         if name not in states:
             states[name] = found
-            shown += [generate(flow, torch.arange(10), with_evaluations(sampler, n)).values for n in options.evaluations]
+            for evaluations in options.evaluations:
+                shown.append(generate(flow, torch.arange(10), with_evaluations(flow, sampler, evaluations)).values)
         for evaluations in options.evaluations:
-            point = measure(flow, with_evaluations(sampler, evaluations), data, options.samples, seed=0)
+            point = measure(flow, with_evaluations(flow, sampler, evaluations), data, options.samples, seed=0)
             rows[name][evaluations].append(point)
             told = ", ".join(f"{what} {point[what]:{form}}" for what, form in TOLD.items())
             print(f"{name}, NFE {point['evaluations']}: {told}", flush=True)
