@@ -100,14 +100,14 @@ class UNet(Network):
         blocks: residual blocks at each resolution. Half of them are in its encoder stage, the rest, with the odd one, in its
             decoder stage; those of the coarsest are the middle.
         attention: for each resolution, whether self-attention follows each of its blocks.
-        groups: in how many groups channels are normalised, each apart from the others, or as many as divide the channels. With
-            1, training is faster by a seventh on a processor, see benchmarks/README.md.
         classes: number of labels; label `classes` itself means "no label" (for guidance).
         embedding_dim: width of the embedding of time and label.
         image_channels: channels of x and of v.
         image_size: height and width of x, divisible by 2 for every stage but the first.
         dropout: probability of dropping an activation inside a residual block, in [0, 1).
         spans: whether to learn mean velocities too, see `meanflow`.
+        groups: in how many groups channels are normalised, each apart from the others, or as many as divide the channels. With
+            1, training is faster by a seventh on a processor, see benchmarks/README.md.
 
     Raises:
         ValueError: if `channels`, `blocks` and `attention` are not equally many, a width is not positive, or the image
@@ -119,13 +119,13 @@ class UNet(Network):
         channels: Sequence[int] = (16, 48, 96),
         blocks: Sequence[int] = (1, 2, 2),
         attention: Sequence[bool] = (False, False, True),
-        groups: int = 8,
         classes: int = 10,
         embedding_dim: int = 128,
         image_channels: int = 1,
         image_size: int = 28,
         dropout: float = 0.0,
         spans: bool = False,
+        groups: int = 8,
     ) -> None:
         super().__init__(classes, embedding_dim, spans)
         if not len(channels) == len(blocks) == len(attention) or not channels:
@@ -133,8 +133,8 @@ class UNet(Network):
                 "channels, blocks and attention need one entry for each stage, "
                 f"got {list(channels)}, {list(blocks)} and {list(attention)}"
             )
-        if min(*channels, *blocks, groups, classes, embedding_dim, image_channels) < 1:
-            raise ValueError("channels, blocks, groups, classes, embedding_dim and image_channels must be positive")
+        if min(*channels, *blocks, classes, embedding_dim, image_channels, groups) < 1:
+            raise ValueError("channels, blocks, classes, embedding_dim, image_channels and groups must be positive")
         if image_size % 2 ** (len(channels) - 1):
             raise ValueError(
                 f"{len(channels)} stages halve the image {len(channels) - 1} times, which {image_size} is not fit for"
@@ -143,13 +143,13 @@ class UNet(Network):
             "channels": list(channels),
             "blocks": list(blocks),
             "attention": list(attention),
-            "groups": groups,
             "classes": classes,
             "embedding_dim": embedding_dim,
             "image_channels": image_channels,
             "image_size": image_size,
             "dropout": dropout,
             "spans": spans,
+            "groups": groups,
         }
         self.shape = (image_channels, image_size, image_size)
         block: dict[str, Any] = {"groups": groups, "embedding_dim": embedding_dim, "dropout": dropout}
