@@ -3,10 +3,10 @@ the ways of each are.
 
     python benchmarks/few_steps.py teacher=mnist 2-reflow=runs/reflow/version_0/checkpoints/last.ckpt ...
 
-A model is NAME=WEIGHTS, a file or a name of weights in the package. Each is sampled by its own solver and guidance, in
-as many steps as the evaluations allow: a guided step takes two. Several seeds of one model are given as the same NAME again,
-and the table has their mean and range. Writes `docs/few_steps.json`, `docs/few_steps.png` (the same
-ten noises in each row) and `docs/ways.png` (how some pixels go from noise to digit), and prints the table.
+A model is NAME=WEIGHTS, a file or a name of weights in the package. Each is sampled by its own solver and guidance, in as many
+steps as the evaluations allow: a guided step takes two. Several seeds of one model are given as the same NAME again, and the
+table has their mean and range. Writes `docs/few_steps.json`, `docs/few_steps.png` (the same ten noises in each row) and
+`docs/ways.png` (how some pixels go from noise to digit), and prints the table.
 """
 
 import argparse
@@ -87,13 +87,13 @@ def main() -> None:
     for name, weights in models:
         _, flow, sampler = load_digits(find(weights), options.device)
         found = ways(flow, sampler)
+        samplers = {evaluations: with_evaluations(flow, sampler, evaluations) for evaluations in options.evaluations}
         straight[name].append(straightness(found).mean().item())
         if name not in states:
             states[name] = found
-            for evaluations in options.evaluations:
-                shown.append(generate(flow, torch.arange(10), with_evaluations(flow, sampler, evaluations)).values)
-        for evaluations in options.evaluations:
-            point = measure(flow, with_evaluations(flow, sampler, evaluations), data, options.samples, seed=0)
+            shown += [generate(flow, torch.arange(10), spending).values for spending in samplers.values()]
+        for evaluations, spending in samplers.items():
+            point = measure(flow, spending, data, options.samples, seed=0)
             rows[name][evaluations].append(point)
             told = ", ".join(f"{what} {point[what]:{form}}" for what, form in TOLD.items())
             print(f"{name}, NFE {point['evaluations']}: {told}", flush=True)
