@@ -5,8 +5,8 @@
 
 Every `--every` steps a real `train.py` pauses, and the same network takes as many steps, compiled and in the precision as
 there, in a loop of nothing but PyTorch; then torchcfm's conditional MNIST example takes a few, if asked to, in its fp32. So all
-see the same machine, whatever else it does, and it is the ratios within a round that are reported. The first step of each turn
-does not count: it finds the memory as another left it.
+see the same machine, whatever else it does, and it is the ratios within a round that are reported. The first steps of each turn
+do not count: they find the memory as another left it.
 """
 
 import argparse
@@ -31,6 +31,9 @@ from flowmatch_mnist.pixels import PIXELS
 
 ROUNDS: list[list[float]] = []
 """Of each round the images per second: of Lightning, of the bare loop, and of torchcfm, if it was asked for."""
+
+UNTIMED = 5
+"""Steps at the start of each turn that do not count; of torchcfm's, each of which takes seconds, one."""
 
 
 class Bare:
@@ -71,9 +74,10 @@ class Bare:
             torch._foreach_lerp_(self.average, list(self.net.parameters()), 0.002)
 
 
-def timed(step: Callable[[], object], count: int) -> float:
-    """So many steps, after one that does not count; how many a second."""
-    step()
+def timed(step: Callable[[], object], count: int, untimed: int) -> float:
+    """So many steps, after those that do not count; how many a second."""
+    for _ in range(untimed):
+        step()
     start = time.perf_counter()
     for _ in range(count):
         step()
@@ -104,15 +108,16 @@ class Beside(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Let the others have their turn."""
-        if batch_idx % self.every == 1:
+        if batch_idx % self.every == UNTIMED:
             self.since = time.perf_counter()
         if batch_idx % self.every:
             return
-        speeds = [(self.every - 1) * self.batch_size / (time.perf_counter() - self.since)]
-        speeds.append(timed(self.bare.step, self.every - 1) * self.batch_size)
+        timed_steps = self.every - UNTIMED
+        speeds = [timed_steps * self.batch_size / (time.perf_counter() - self.since)]
+        speeds.append(timed(self.bare.step, timed_steps, UNTIMED) * self.batch_size)
         if self.torchcfm:
             drawn = partial(self.bare.draw, self.rival.batch_size)
-            speeds.append(timed(lambda: self.rival.step(*drawn()), self.torchcfm) * self.rival.batch_size)
+            speeds.append(timed(lambda: self.rival.step(*drawn()), self.torchcfm, 1) * self.rival.batch_size)
         if batch_idx > self.every:  # before, there was compiling
             ROUNDS.append(speeds)
             print(" ".join(f"{speed:8.1f}" for speed in speeds), flush=True)
@@ -125,6 +130,8 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=25, help="steps of a round (default: 25)")
     parser.add_argument("--torchcfm", type=int, default=0, metavar="STEPS", help="of torchcfm in a round (default: 0)")
     options = parser.parse_args()
+    if options.every <= UNTIMED:
+        parser.error(f"--every must be more than {UNTIMED}, the steps of a turn that do not count")
     steps = (options.rounds + 1) * options.every + 1
     sys.argv[1:] = ["fit", "--config", "configs/quick.yaml", "--name", "speed", "--trainer.max_steps", str(steps)]
     sys.argv += ["--trainer.callbacks+=speed.Beside", f"--trainer.callbacks.every={options.every}"]
