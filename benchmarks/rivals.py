@@ -1,7 +1,7 @@
 """Others' flow matching and diffusion beside this project's: the same data, machine and time of training, the same ruler.
 
-    pip install -e '.[rivals]'
-    python benchmarks/rivals.py
+    pip install -e '.[rivals]' && git clone --depth 1 https://github.com/cloneofsimo/minRF
+    PYTHONPATH=minRF python benchmarks/rivals.py
 
 trains `configs/quick.yaml`, takes the time, trains each rival for as long, as its own example or documentation says, draws with
 each one's own sampler, measures all with `digitnet`, and writes `docs/rivals.json` and `docs/rivals.png`, a row of digits each.
@@ -222,11 +222,83 @@ class RectifiedFlow(Rival):
         return drawn * 2 - 1
 
 
+class MinRF(Rival):
+    """minRF's MNIST in `rf.py`: its small DiT on images padded to 32 by 32, its loss, Adam at 2e-4, batches of 256; drawn by
+    its `sample`, in 50 steps guided by 2, which are 100 evaluations. It is no package, but a folder to be on the PYTHONPATH. One
+    label in ten is dropped here, since its own code for that needs a GPU.
+    """
+
+    batch_size = 256
+    no_label = 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        from dit import DiT_Llama
+        from rf import RF
+
+        self.net = DiT_Llama(1, 32, dim=64, n_layers=6, n_heads=4, num_classes=10)
+        self.net.y_embedder.dropout_prob = 0.0
+        self.flow = RF(self.net)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=2e-4)
+
+    def loss(self, x1: Tensor, y: Tensor) -> Tensor:
+        y = torch.where(torch.rand(len(y)) < 0.1, self.no_label, y)
+        loss: Tensor = self.flow.forward(F.pad(x1, (2, 2, 2, 2), value=-1.0), y)[0]
+        return loss
+
+    def draw(self, y: Tensor) -> Tensor:
+        steps = 50
+        padded = self.flow.sample(torch.randn(len(y), 1, 32, 32), y, torch.full_like(y, self.no_label), sample_steps=steps)[-1]
+        self.evaluations = 2 * steps
+        return padded[..., 2:-2, 2:-2]
+
+
+class SmallDiffusion(Rival):
+    """smalldiffusion's class-conditioned Fashion-MNIST example, on digits, which are not mirrored: its DiT, schedule and loss,
+    AdamW at 1e-3, batches of 1,024, averaged weights; drawn by its `samples` in 20 steps with gam = 1.6, unguided.
+    """
+
+    batch_size = 1024
+
+    def __init__(self) -> None:
+        super().__init__()
+        from smalldiffusion import CondEmbedderLabel, DiT, ScheduleDDPM
+        from torch_ema import ExponentialMovingAverage
+
+        width, heads = 32, 6
+        self.net = DiT(28, 1, 2, depth=6, head_dim=width, num_heads=heads, cond_embed=CondEmbedderLabel(width * heads, 10, 0.1))
+        self.averaged = ExponentialMovingAverage(self.net.parameters(), decay=0.99)
+        self.schedule = ScheduleDDPM(beta_start=0.0001, beta_end=0.02, N=1000)
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-3)
+
+    def loss(self, x1: Tensor, y: Tensor) -> Tensor:
+        from smalldiffusion import generate_train_sample
+
+        x0, sigma, eps, cond = generate_train_sample((x1, y), self.schedule, conditional=True)
+        loss: Tensor = self.net.get_loss(x0, sigma, eps, cond=cond)
+        return loss
+
+    def step(self, x1: Tensor, y: Tensor) -> None:
+        super().step(x1, y)
+        self.averaged.update()
+
+    def draw(self, y: Tensor) -> Tensor:
+        from smalldiffusion import samples
+
+        steps = 20
+        with self.averaged.average_parameters():
+            *_, x = samples(self.net, self.schedule.sample_sigmas(steps), gam=1.6, batchsize=len(y), cond=y)
+        self.evaluations = steps
+        return x
+
+
 RIVALS: dict[str, Callable[[], Rival]] = {
     "torchcfm": TorchCFM,
     "flow_matching": FlowMatching,
     "diffusers": Diffusers,
     "rectified-flow-pytorch": RectifiedFlow,
+    "minRF": MinRF,
+    "smalldiffusion": SmallDiffusion,
 }
 
 
@@ -306,6 +378,11 @@ def main() -> None:
 
     if (options.checkpoint is None) != (options.seconds is None):
         raise UserError("--checkpoint and --seconds are given together, or neither")
+    for name in options.rivals:
+        try:
+            RIVALS[name]()
+        except ModuleNotFoundError as error:
+            raise UserError(f"{name} is not there ({error}); see the head of benchmarks/rivals.py for how it comes") from None
     seconds, seen, flow, sampler = (
         (options.seconds, *trained(options.checkpoint)) if options.checkpoint else train_ours(options)
     )
