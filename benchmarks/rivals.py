@@ -224,8 +224,8 @@ class RectifiedFlow(Rival):
 
 class MinRF(Rival):
     """minRF's MNIST in `rf.py`: its small DiT on images padded to 32 by 32, its loss, Adam at 2e-4, batches of 256; drawn by
-    its `sample`, in 50 steps guided by 2, which are 100 evaluations. It is no package, but a folder to be on the PYTHONPATH. One
-    label in ten is dropped here, since its own code for that needs a GPU.
+    its `sample`, in 50 steps guided by 2, which are 100 evaluations. It is no package, but a folder to be on the PYTHONPATH.
+    One label in ten is dropped here, since its own code for that needs a GPU.
     """
 
     batch_size = 256
