@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,8 @@ from flowmatch_mnist.muon import Muon
 from flowmatch_mnist.unet import UNet
 
 CONFIG = yaml.safe_load((Path(__file__).resolve().parent.parent / "configs" / "quick.yaml").read_text())
-WIDTHS: tuple[int, ...] = tuple(CONFIG["model"]["net"]["init_args"]["channels"])
+NETWORK: dict[str, Any] = CONFIG["model"]["net"]["init_args"]
+WIDTHS: tuple[int, ...] = tuple(NETWORK["channels"])
 BATCH: int = CONFIG["data"]["init_args"]["batch_size"]
 
 
@@ -43,7 +45,7 @@ class Step:
 
     def __init__(self, widths: tuple[int, ...], batch: int, device: str, parallel: bool = False) -> None:
         self.batch, self.device, self.mixed = batch, device, dtype(device) == torch.bfloat16
-        net = UNet(widths).to(device, memory_format=torch.channels_last)
+        net = UNet(**{**NETWORK, "channels": widths}).to(device, memory_format=torch.channels_last)
         shape = (batch, 1, 28, 28)
         self.x, self.u = torch.randn(shape, device=device), torch.randn(shape, device=device)
         self.t, self.y = torch.rand(batch, device=device), torch.randint(0, 10, (batch,), device=device)
