@@ -1,7 +1,7 @@
 """Others' flow matching and diffusion beside this project's: the same data, machine and time of training, the same ruler.
 
     pip install -e '.[rivals]' && git clone --depth 1 https://github.com/cloneofsimo/minRF
-    PYTHONPATH=minRF python benchmarks/rivals.py
+    python benchmarks/rivals.py
 
 trains `configs/quick.yaml`, takes the time, trains each rival for as long, as its own example or documentation says, draws with
 each one's own sampler, measures all with `digitnet`, and writes `docs/rivals.json` and `docs/rivals.png`, a row of digits each.
@@ -224,7 +224,7 @@ class RectifiedFlow(Rival):
 
 class MinRF(Rival):
     """minRF's MNIST in `rf.py`: its small DiT on images padded to 32 by 32, its loss, Adam at 2e-4, batches of 256; drawn by
-    its `sample`, in 50 steps guided by 2, which are 100 evaluations. It is no package, but a folder to be on the PYTHONPATH.
+    its `sample`, in 50 steps guided by 2, which are 100 evaluations. It is no package, but the folder of a clone.
     One label in ten is dropped here, since its own code for that needs a GPU.
     """
 
@@ -350,6 +350,7 @@ def main() -> None:
     parser.add_argument("--config", default="configs/quick.yaml", help="of this project's row (default: configs/quick.yaml)")
     parser.add_argument("--checkpoint", type=Path, help="a run of that config that is over already, in place of a new one")
     parser.add_argument("--seconds", type=float, help="how long that run took, from command to prompt")
+    parser.add_argument("--minrf", type=Path, default=Path("minRF"), help="the folder of its clone (default: minRF)")
     parser.add_argument("--out", type=Path, default=Path("docs/rivals"), help="of the picture and the figures, without ending")
     options = parser.parse_args()
     labels = torch.arange(options.samples) % 10
@@ -378,6 +379,7 @@ def main() -> None:
 
     if (options.checkpoint is None) != (options.seconds is None):
         raise UserError("--checkpoint and --seconds are given together, or neither")
+    sys.path.append(str(options.minrf))
     for name in options.rivals:
         try:
             RIVALS[name]()
