@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 from flowmatch_mnist.errors import UserError
@@ -95,7 +95,8 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[st
     """Write weights as safetensors, with what is said of them, and a digest of both."""
     whole = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     with replacing(path) as temporary:
-        save_file(whole, temporary, {**metadata, "digest": digest(whole, metadata)})
+        # Its own writer would let nobody else read the file, and has its own error for a full disk.
+        temporary.write_bytes(serialize(whole, {**metadata, "digest": digest(whole, metadata)}))
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -214,18 +214,27 @@ def test_what_a_killed_writer_left_is_cleared_away(tmp_path, data_dir, monkeypat
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path):
-    path = tmp_path / "last.ckpt"
-    save_checkpoint(path, {"weights": torch.zeros(3)})
+@pytest.mark.parametrize("name", ["last.ckpt", "some.safetensors"])
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, name):
+    path = tmp_path / name
+
+    def write(values):
+        if name.endswith(".ckpt"):
+            save_checkpoint(path, {"weights": values})
+        else:
+            save_weights(path, {"weights": values}, {})
+
+    write(torch.zeros(3))
+    content = path.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as a full disk: a file cannot grow further
     try:
         with pytest.raises(UserError, match="cannot write"):
-            save_checkpoint(path, {"weights": torch.zeros(1_000_000)})
+            write(torch.zeros(1_000_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert torch.equal(load_checkpoint(path)["weights"], torch.zeros(3))
-    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+    assert path.read_bytes() == content
+    assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
 @contextlib.contextmanager
@@ -293,6 +302,8 @@ def test_weights_are_refused_if_anything_in_them_has_changed(tmp_path):
     save_weights(path, {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(3)}, {"seed": "0"})
     weights, said = load_weights(path)
     assert torch.equal(weights["a"], torch.arange(6.0).view(2, 3)) and said == {"seed": "0"}
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode, "others may read it as they may any file"
     content = path.read_bytes()
     path.write_bytes(content.replace(b'"seed":"0"', b'"seed":"1"'))
     with pytest.raises(UserError, match="does not fit its digest"):
