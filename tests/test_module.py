@@ -42,6 +42,15 @@ def test_the_loss_of_a_perfect_field_is_the_irreducible_one():
         assert abs(wrong.mean() - losses.mean() - 0.01) < 0.005
 
 
+@pytest.mark.parametrize(("loss", "best"), [("squared", 0.4), ("huber", 0.4), ("charbonnier", 1.0)])
+def test_where_seven_in_ten_pixels_are_white_the_best_guess_is_their_mean_or_their_median(loss, best):
+    pixels = torch.tensor([1.0] * 7 + [-1.0] * 3)
+    guesses = torch.linspace(-1, 1, 201)
+    losses = reduce(pixels - guesses[:, None], loss)
+    assert guesses[losses.argmin()].item() == pytest.approx(best, abs=0.011)
+    assert reduce(torch.zeros(2, 10), loss).tolist() == [0.0, 0.0]
+
+
 class Recorder(nn.Module):
     """Remembers what it was called with."""
 
