@@ -45,10 +45,10 @@ def reduce(error: Tensor, loss: LossName) -> Tensor:
     al. 2017, "Deep Laplacian Pyramid Networks for Fast and Accurate Super-Resolution", section 3.2.
     """
     squares = error.square().flatten(1)
-    if loss == "charbonnier":
-        return (torch.sqrt(squares + HUBER**2) - HUBER).mean(1)
-    squares = squares.mean(1)
-    return squares if loss == "squared" else torch.sqrt(squares + HUBER**2) - HUBER
+    if loss == "huber":
+        squares = squares.mean(1, keepdim=True)
+    losses = squares if loss == "squared" else torch.sqrt(squares + HUBER**2) - HUBER
+    return losses.mean(1)
 
 
 def learning_rate_factor(step: int, warmup_steps: int, total_steps: int, decay: Decay) -> float:
