@@ -3,10 +3,10 @@
     python benchmarks/speed.py
     pip install -e '.[rivals]' && python benchmarks/speed.py --torchcfm 2
 
-Every `--every` steps a real `train.py` pauses, and the same network takes as many steps, compiled and in the precision as
-there, in a loop of nothing but PyTorch; then torchcfm's conditional MNIST example takes a few, if asked to, in its fp32. So all
-see the same machine, whatever else it does, and it is the ratios within a round that are reported. The first steps of each turn
-do not count: they find the memory as another left it.
+Every `--every` steps a real `train.py` pauses, and the same network takes as many steps, compiled or not and in the precision
+as there, in a loop of nothing but PyTorch; then torchcfm's conditional MNIST example takes a few, if asked to, in its fp32. So
+all see the same machine, whatever else it does, and it is the ratios within a round that are reported. The first steps of each
+turn do not count: they find the memory as another left it.
 """
 
 import argparse
@@ -47,7 +47,8 @@ class Bare:
 
     def __init__(self, module: FlowMatching, batch_size: int, precision: Callable[[], AbstractContextManager[None]]) -> None:
         self.net = copy.deepcopy(module.net)
-        self.net.compile()
+        if module.compiles:
+            self.net.compile()
         self.average = [p.detach().clone() for p in self.net.parameters()]
         self.optimizer = module.optimizer(self.net.parameters())
         self.images, self.labels = mnist.load(Path("data"), "train")
