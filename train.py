@@ -6,7 +6,7 @@ python train.py --config configs/toy.yaml                the first lesson, under
 python train.py fit|validate|test|predict --help         everything else
 """
 
-from flowmatch_mnist.cli import main
+from flowmatch_mnist.training.cli import main
 
 if __name__ == "__main__":
     main()

@@ -3,22 +3,24 @@
     python benchmarks/couplings.py [--steps 700]            some twenty minutes on two cores
 
 Trains the prompted toy and a shortened `configs/quick.yaml` with each coupling, on equal numbers of batches, and measures what
-each draws: points by their distance to the curve and their segment, 2,000 digits by the ruler.
+each draws: points by their distance to the curve and their segment, 2,000 digits scored beside real digits.
 """
 
 import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from scoring import digit_scorer, scores
 
-from flowmatch_mnist.couplings import COUPLINGS
-from flowmatch_mnist.data import MNISTDataModule, PairsDataModule
-from flowmatch_mnist.errors import exit_on_error
-from flowmatch_mnist.generate import Sampler, Samples, generate
-from flowmatch_mnist.models import load, newest_checkpoint
-from flowmatch_mnist.toy import CurveDataModule
+from flowmatch_mnist.data.curve import Curve
+from flowmatch_mnist.evaluation.metrics import Measurement
+from flowmatch_mnist.flow.couplings import COUPLINGS
+from flowmatch_mnist.sampling.generate import Sampler, generate
+from flowmatch_mnist.sampling.weights import load, newest_checkpoint
+from flowmatch_mnist.support.errors import exit_on_error
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,10 +33,9 @@ def train(config: str, coupling: str, *options: object) -> Path:
     return newest_checkpoint(ROOT / "runs", name)
 
 
-def tell(what: str, sampler: Sampler, data: PairsDataModule, samples: Samples) -> None:
-    """Measure the samples, and print the figures."""
-    figures = data.measure(samples, "test", torch.device("cpu"))
-    words = ", ".join(f"{figure.title} {figure.telling:.3f}" for figure in figures if figure.main)
+def tell(what: str, sampler: Sampler, measurements: Sequence[Measurement]) -> None:
+    """Print the scores."""
+    words = ", ".join(f"{title} {value:.3f}" for title, value in scores(measurements).items())
     print(f"{what}: {sampler.description()}: {words}", flush=True)
 
 
@@ -43,22 +44,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=700, help="of the digits' training (default: 700)")
     steps = parser.parse_args().steps
-    toy, digits = CurveDataModule(prompted=True), MNISTDataModule()
-    digits.prepare_data()
-    digits.setup("test")
+    score_points, score_digits = Curve(classes=10).measure, digit_scorer()
     for coupling in COUPLINGS:
         # Few points to a batch: the cost of an assignment grows with the cube of their number.
         flow, own = load(train("toy_prompted", coupling, "--data.batch_size", 250, "--trainer.max_epochs", 10))
         for sampler in (Sampler(4, "euler"), own):
             labels = torch.arange(10).repeat(1000)
-            points = generate(flow, labels, sampler, batch_size=10_000, finish=toy.finish)
-            tell(f"toy, {coupling}", sampler, toy, points)
+            points = generate(flow, labels, sampler, batch_size=10_000)
+            tell(f"toy, {coupling}", sampler, score_points(points))
     for coupling in COUPLINGS:
         length = ["--trainer.max_steps", steps, "--trainer.val_check_interval", steps, "--sampling.every_n_steps", 0]
         length += ["--evaluation.every_n_steps", 0]
         flow, _ = load(train("quick", coupling, *length))
         for sampler in (Sampler(4, "euler"), Sampler(4, "euler", 1.5), Sampler(8, "midpoint")):
-            tell(f"digits, {coupling}", sampler, digits, generate(flow, torch.arange(2000) % 10, sampler))
+            tell(f"digits, {coupling}", sampler, score_digits(generate(flow, torch.arange(2000) % 10, sampler)))
 
 
 if __name__ == "__main__":

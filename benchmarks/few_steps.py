@@ -1,5 +1,5 @@
-"""Few steps: teacher, reflowed, distilled and mean-flow networks at 1, 2, 4 and 8 evaluations, by the ruler, and how straight
-the ways of each are.
+"""Few steps: teacher, reflowed, distilled and mean-flow networks at 1, 2, 4 and 8 evaluations, scored beside real digits, and
+how straight the trajectories of each are.
 
     python benchmarks/few_steps.py teacher=mnist 2-reflow=runs/reflow/version_0/checkpoints/last.ckpt ...
 
@@ -17,20 +17,20 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from scoring import digit_scorer
 from steps import measure
 
-from flowmatch_mnist.data import MNISTDataModule
-from flowmatch_mnist.errors import UserError, exit_on_error
-from flowmatch_mnist.files import replacing, save_json
-from flowmatch_mnist.generate import Flow, Sampler, generate
-from flowmatch_mnist.models import find, load_digits
-from flowmatch_mnist.pictures import grid, save_png
-from flowmatch_mnist.reflow import straightness
+from flowmatch_mnist.data.reflow import straightness
+from flowmatch_mnist.images.pictures import grid, save_png
+from flowmatch_mnist.sampling.generate import Flow, Sampler, generate
+from flowmatch_mnist.sampling.weights import load_digits, weights_path
+from flowmatch_mnist.support.errors import UserError, exit_on_error
+from flowmatch_mnist.support.files import replacing, save_json
 
 FINE = 50
 """Steps of Euler's along which straightness is taken."""
 
-TOLD = {"Frechet distance ratio": ".2f", "label accuracy": ".3f", "recall": ".3f"}
+SHOWN = {"Frechet distance ratio": ".2f", "label accuracy": ".3f", "recall": ".3f"}
 
 
 def with_evaluations(flow: Flow, sampler: Sampler, evaluations: int) -> Sampler:
@@ -45,7 +45,7 @@ def with_evaluations(flow: Flow, sampler: Sampler, evaluations: int) -> Sampler:
 def ways(flow: Flow, sampler: Sampler, count: int = 200) -> torch.Tensor:
     """The states of some digits at equal times, (FINE + 1, count, 1, 28, 28)."""
     fine = replace(sampler, steps=FINE, solver="euler")
-    drawn = generate(flow, torch.arange(count) % 10, fine, keep_states=True, finish=torch.Tensor.clone)
+    drawn = generate(flow, torch.arange(count) % 10, fine, keep_states=True, decode=torch.Tensor.clone)
     assert drawn.states is not None
     return drawn.states
 
@@ -78,14 +78,12 @@ def main() -> None:
     models = [tuple(model.split("=", 1)) for model in options.models]
     if any(len(model) != 2 for model in models):
         raise UserError("models are given as NAME=WEIGHTS, such as teacher=mnist")
-    data = MNISTDataModule(options.data_dir)
-    data.prepare_data()
-    data.setup("test")
+    score = digit_scorer(options.data_dir, options.device)
     rows: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     straight: dict[str, list[float]] = defaultdict(list)
     shown, states = [], {}
     for name, weights in models:
-        _, flow, sampler = load_digits(find(weights), options.device)
+        _, flow, sampler = load_digits(weights_path(weights), options.device)
         found = ways(flow, sampler)
         samplers = {evaluations: with_evaluations(flow, sampler, evaluations) for evaluations in options.evaluations}
         straight[name].append(straightness(found).mean().item())
@@ -93,10 +91,10 @@ def main() -> None:
             states[name] = found
             shown += [generate(flow, torch.arange(10), spending).values for spending in samplers.values()]
         for evaluations, spending in samplers.items():
-            point = measure(flow, spending, data, options.samples, seed=0)
+            point = measure(flow, spending, score, options.samples, seed=0)
             rows[name][evaluations].append(point)
-            told = ", ".join(f"{what} {point[what]:{form}}" for what, form in TOLD.items())
-            print(f"{name}, NFE {point['evaluations']}: {told}", flush=True)
+            words = ", ".join(f"{what} {point[what]:{form}}" for what, form in SHOWN.items())
+            print(f"{name}, NFE {point['evaluations']}: {words}", flush=True)
             contents = {"samples": options.samples, "models": options.models, "straightness": straight, "rows": rows}
             save_json(options.out.with_suffix(".json"), contents)
     save_png(grid(torch.cat(shown), 10), options.out.with_suffix(".png"))
@@ -105,7 +103,7 @@ def main() -> None:
     print("|---" * (len(options.evaluations) + 2) + "|")
     for name, row in rows.items():
         cells = [spread(straight[name], ".3f")]
-        cells += [", ".join(spread([point[what] for point in row[n]], form) for what, form in TOLD.items()) for n in row]
+        cells += [", ".join(spread([point[what] for point in row[n]], form) for what, form in SHOWN.items()) for n in row]
         print(f"| {name} | {' | '.join(cells)} |")
 
 

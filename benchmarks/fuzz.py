@@ -36,12 +36,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from flowmatch_mnist import digitnet, mnist
-from flowmatch_mnist.errors import UserError
-from flowmatch_mnist.files import save_checkpoint
-from flowmatch_mnist.generate import Flow, Sampler
-from flowmatch_mnist.models import KEY, load, save
-from flowmatch_mnist.unet import UNet
+from flowmatch_mnist.evaluation import digitnet
+from flowmatch_mnist.images import mnist
+from flowmatch_mnist.networks.unet import UNet
+from flowmatch_mnist.sampling.generate import Flow, Sampler
+from flowmatch_mnist.sampling.weights import KEY, load, save
+from flowmatch_mnist.support.errors import UserError
+from flowmatch_mnist.support.files import save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tests" / "tiny.yaml"
@@ -140,7 +141,7 @@ def kinds(folder: Path, data_dir: Path) -> dict[str, Kind]:
     sampler, model = Sampler(steps=1, solver="euler"), folder / "tiny.safetensors"
     save(model, flow, sampler, {"seed": "0"})
     save_checkpoint(checkpoint, {"state_dict": weights, KEY: flow.describe(sampler), "global_step": 1})
-    images, labels = (mnist.find(data_dir, name) for name in mnist.FILES["test"])
+    images, labels = (mnist.genuine(data_dir, name) for name in mnist.FILES["test"])
     assert images is not None and labels is not None
     (folder / mnist.FILES["test"][0]).write_bytes(images)
     picture = io.BytesIO()

@@ -19,14 +19,15 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from flowmatch_mnist import mnist, streams
-from flowmatch_mnist.errors import UserError, exit_on_error
-from flowmatch_mnist.files import save_json
-from flowmatch_mnist.generate import Sampler
-from flowmatch_mnist.likelihood import INTEGRATOR, marginal_log_likelihood
-from flowmatch_mnist.models import load_digits
-from flowmatch_mnist.pixels import PIXELS, bits_per_dimension, dequantize
-from flowmatch_mnist.solvers import SOLVERS, Spacing
+from flowmatch_mnist.images import mnist
+from flowmatch_mnist.images.pixels import PIXELS, bits_per_dimension, dequantize
+from flowmatch_mnist.sampling.generate import Sampler
+from flowmatch_mnist.sampling.likelihood import INTEGRATOR, marginal_log_likelihood
+from flowmatch_mnist.sampling.weights import load_digits
+from flowmatch_mnist.support import streams
+from flowmatch_mnist.support.choices import SOLVERS, SPACINGS
+from flowmatch_mnist.support.errors import UserError, exit_on_error
+from flowmatch_mnist.support.files import save_json
 
 
 def mean(values: Tensor) -> dict[str, float]:
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=INTEGRATOR.steps, help=f"(default: {INTEGRATOR.steps}; dopri5 has its own)"
     )
-    parser.add_argument("--spacing", choices=Spacing.__args__, default=INTEGRATOR.spacing, help="of the steps")
+    parser.add_argument("--spacing", choices=SPACINGS, default=INTEGRATOR.spacing, help="of the steps")
     parser.add_argument("--tolerance", type=float, default=1e-5, help="of dopri5 (default: 1e-5)")
     parser.add_argument("--guidance", type=float, default=1.0, help="of the flow (default: 1, none)")
     parser.add_argument("--seed", type=int, default=0, help="of the pixels' noise and the probes (default: 0)")
@@ -73,7 +74,7 @@ def main() -> None:
     chosen = torch.randperm(len(images), generator=streams.generator("cpu", "likelihood"))[: options.images]
     # The numbers are those of the test set: a digit's noise and probe are the same, however many are measured.
     numbers = chosen.tolist()
-    x1, log_slope = dequantize(images[chosen], PIXELS[flow.pixels], seed=options.seed, numbers=numbers)
+    x1, log_slope = dequantize(images[chosen], PIXELS[flow.units.name], seed=options.seed, numbers=numbers)
 
     started = time.perf_counter()
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -100,7 +101,7 @@ def main() -> None:
         "evaluations": found.evaluations,
         "seconds": seconds,
     }
-    print(f"{checkpoint}, {len(x1)} test digits, {how}, {flow.pixels} pixels, seed {options.seed}")
+    print(f"{checkpoint}, {len(x1)} test digits, {how}, {flow.units.name} pixels, seed {options.seed}")
     print(f"bits per dimension, given the label: {in_words(figures['bits_per_dimension_given_the_label'])}")
     print(f"bits per dimension, any label:       {in_words(figures['bits_per_dimension'])}")
     print(f"accuracy of the likeliest label:     {in_words(figures['accuracy'])}")

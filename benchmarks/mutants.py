@@ -1,7 +1,7 @@
 """Do the tests notice a mistake in the mathematics?
 
-python benchmarks/mutants.py            every mutant, some minutes on two cores
-python benchmarks/mutants.py paths      those of one room
+python benchmarks/mutants.py                 every mutant, some minutes on two cores
+python benchmarks/mutants.py flow.paths      those of one file
 
 Flips each sign, swaps each alpha and sigma, and drops each factor, divisor and exponent, one at a time, and runs the tests of
 the mathematics on each such mutant. It prints those that survive, and ends with status 1 if there are any.
@@ -24,15 +24,18 @@ from rich.progress import track
 os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("paths", "convert", "solvers", "guidance", "weighting", "times")
-TESTS = ("paths", "times", "convert", "weighting", "guidance", "solvers", "diffusion", "inversion")
+FILES = tuple(f"flow.{name}" for name in ("paths", "predictions", "solvers", "guidance", "weighting", "times", "loss"))
+TESTS = ("paths", "times", "predictions", "weighting", "guidance", "solvers", "diffusion", "inversion", "loss")
 TIME_LIMIT = 120
 EQUIVALENT = {
     (
-        "times",
+        "flow.times",
         "sign flipped in `torch.arange(count, device=generator.device) / count + offset`",
     ): "the offset is uniform modulo 1",
-    ("times", "sign flipped in `positions.double() * golden + batch_index * root_two`"): "either way, another shift per batch",
+    (
+        "flow.times",
+        "sign flipped in `positions.double() * golden + batch_index * root_two`",
+    ): "either way, another shift per batch",
 }
 """Mutants that are no mistake, and why. They are not tried."""
 SWAPPED = {"alpha": "sigma", "sigma": "alpha", "alpha_dot": "sigma_dot", "sigma_dot": "alpha_dot"}
@@ -40,9 +43,9 @@ SWAPPED = {"alpha": "sigma", "sigma": "alpha", "alpha_dot": "sigma_dot", "sigma_
 
 @dataclass
 class Mutant:
-    """One changed place of a room."""
+    """One changed place of a file."""
 
-    room: str
+    file: str
     line: int
     what: str
     source: str
@@ -85,9 +88,9 @@ class Replace(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
-def mutants(room: str) -> Iterator[Mutant]:
-    """Every mutant of a room."""
-    text = (ROOT / "flowmatch_mnist" / f"{room}.py").read_text()
+def mutants(file: str) -> Iterator[Mutant]:
+    """Every mutant of a file."""
+    text = (ROOT / "flowmatch_mnist" / f"{file.replace('.', '/')}.py").read_text()
     places: list[ast.AST] = []
 
     class Collect(Replace):
@@ -102,20 +105,20 @@ def mutants(room: str) -> Iterator[Mutant]:
         for change, (what, _) in enumerate(changes(node)):
             tree = Replace(number, change).visit(ast.parse(text))
             source = ast.unparse(ast.fix_missing_locations(tree))
-            yield Mutant(room, getattr(node, "lineno", 0), f"{what} in `{ast.unparse(node)}`", source)
+            yield Mutant(file, getattr(node, "lineno", 0), f"{what} in `{ast.unparse(node)}`", source)
 
 
 class Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports the mutant in place of its room."""
+    """Imports the mutant in place of its file."""
 
     def __init__(self, mutant: Mutant) -> None:
         self.mutant = mutant
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> object:
-        return importlib.util.spec_from_loader(name, self) if name == f"flowmatch_mnist.{self.mutant.room}" else None
+        return importlib.util.spec_from_loader(name, self) if name == f"flowmatch_mnist.{self.mutant.file}" else None
 
     def exec_module(self, module: ModuleType) -> None:
-        exec(compile(self.mutant.source, f"{self.mutant.room}.py", "exec"), module.__dict__)
+        exec(compile(self.mutant.source, f"{self.mutant.file}.py", "exec"), module.__dict__)
 
 
 def in_a_fork(task: Callable[[], int]) -> int:
@@ -163,14 +166,14 @@ def main() -> None:
     torch.set_num_threads(1)
     if not survives(None):
         raise SystemExit("the tests fail on the code as it is; mend that first")
-    found = [mutant for room in sys.argv[1:] or ROOMS for mutant in mutants(room)]
-    every = [mutant for mutant in found if (mutant.room, mutant.what) not in EQUIVALENT]
+    found = [mutant for file in sys.argv[1:] or FILES for mutant in mutants(file)]
+    every = [mutant for mutant in found if (mutant.file, mutant.what) not in EQUIVALENT]
     alive = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for mutant, lives in track(zip(every, pool.map(survives, every), strict=True), "mutants", len(every)):
             if lives:
                 alive += 1
-                print(f"survived: {mutant.room}.py, line {mutant.line}: {mutant.what}", flush=True)
+                print(f"survived: {mutant.file}, line {mutant.line}: {mutant.what}", flush=True)
     print(f"{len(every)} mutants, {alive} survived; {len(found) - len(every)} others are no mistake")
     raise SystemExit(1 if alive else 0)
 

@@ -1,4 +1,4 @@
-"""Measure a trained model by the ruler, and put it into the package, where `sample.py --weights NAME` finds it.
+"""Score a trained model beside real digits, and put it into the package, where `sample.py --weights NAME` finds it.
 
     python benchmarks/publish.py mnist --checkpoint runs/mnist/version_0/checkpoints/last.ckpt --command 'python train.py'
 
@@ -14,24 +14,24 @@ import lightning
 import torch
 import yaml
 from rich.progress import Progress
+from scoring import digit_scorer
 
-from flowmatch_mnist.data import MNISTDataModule
-from flowmatch_mnist.errors import exit_on_error
-from flowmatch_mnist.generate import Flow, Sampler, generate
-from flowmatch_mnist.models import PRETRAINED, load_digits, read_checkpoint, save, with_changes
+from flowmatch_mnist.evaluation.problems import Scorer
+from flowmatch_mnist.sampling.generate import Flow, Sampler, generate
+from flowmatch_mnist.sampling.weights import PRETRAINED, load_digits, read_checkpoint, save, with_changes
+from flowmatch_mnist.support.errors import exit_on_error
 
 SAMPLES = (10_000, 500)
 """Of so many digits the figures are taken."""
 
 
-def measure(flow: Flow, sampler: Sampler, data: MNISTDataModule, count: int) -> dict[str, list[float]]:
+def measure(flow: Flow, sampler: Sampler, score: Scorer, count: int) -> dict[str, list[float]]:
     """Draw and measure: each measure's value, and what real digits get in its place."""
     labels = torch.arange(count) % 10
     with Progress(transient=True) as progress:
         task = progress.add_task(f"drawing {count:,} digits", total=count)
         samples = generate(flow, labels, sampler, seed=0, on_batch=lambda drawn: progress.advance(task, drawn))
-    figures = data.measure(samples, "test", next(flow.net.parameters()).device)
-    return {figure.name: [figure.value, figure.real] for figure in figures if figure.main}
+    return {m.name: [m.value, m.baseline] for m in score(samples) if m.main}
 
 
 def main() -> None:
@@ -48,12 +48,10 @@ def main() -> None:
     options = parser.parse_args()
     checkpoint, flow, sampler = load_digits(options.checkpoint, options.device)
     sampler = with_changes(flow, sampler, {name: getattr(options, name) for name in ("steps", "guidance", "guidance_interval")})
-    data = MNISTDataModule(options.data_dir)
-    data.prepare_data()
-    data.setup("test")
-    figures = {str(count): measure(flow, sampler, data, count) for count in SAMPLES}
+    score = digit_scorer(options.data_dir, options.device)
+    figures = {str(count): measure(flow, sampler, score, count) for count in SAMPLES}
     config = (checkpoint.parent.parent / "config.yaml").read_text()
-    said = {
+    metadata = {
         "command": options.command,
         "config": config,
         "seed": str(yaml.safe_load(config)["seed_everything"]),
@@ -61,7 +59,7 @@ def main() -> None:
         "figures": json.dumps(figures),
         "versions": json.dumps({"torch": torch.__version__, "lightning": lightning.__version__}),
     }
-    save(PRETRAINED[options.name], flow, sampler, said)
+    save(PRETRAINED[options.name], flow, sampler, metadata)
     for count, measures in figures.items():
         told = ", ".join(f"{name} {value:.3f} ({real:.3f})" for name, (value, real) in measures.items())
         print(f"{int(count):,} digits, {sampler.description()} (real ones): {told}")

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flowmatch_mnist.files import damage, load_checkpoint
+from flowmatch_mnist.support.files import damage, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = """
@@ -47,15 +47,15 @@ trainer:
   enable_progress_bar: false
 model:
   net:
-    class_path: flowmatch_mnist.unet.UNet
+    class_path: flowmatch_mnist.networks.unet.UNet
     init_args: {channels: [4, 8, 8], blocks: [1, 2, 2], dropout: 0.1}
-  optimizer: {class_path: flowmatch_mnist.muon.Muon, init_args: {lr: 4e-3}}
+  optimizer: {class_path: flowmatch_mnist.training.muon.Muon, init_args: {lr: 4e-3}}
   warmup_steps: 20
   sampler: {steps: 2, solver: euler}
 sampling: {every_n_epochs: 1, every_n_steps: 100, rows: 1}
 saving: {every_n_steps: 7}
 data:
-  class_path: flowmatch_mnist.data.MNISTDataModule
+  class_path: flowmatch_mnist.data.digits.MNISTDataModule
   init_args: {data_dir: DATA_DIR, batch_size: 16, val_size: 500, eval_batch_size: 50}
 """
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "8"]

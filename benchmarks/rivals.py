@@ -1,4 +1,4 @@
-"""Others' flow matching and diffusion beside this project's: the same data, machine and time of training, the same ruler.
+"""Others' flow matching and diffusion beside this project's: the same data, machine and time of training, the same evaluator.
 
     pip install -e '.[rivals]' && git clone --depth 1 https://github.com/cloneofsimo/minRF
     python benchmarks/rivals.py
@@ -20,16 +20,16 @@ import torch
 import torch.nn.functional as F
 import yaml
 from rich.progress import track
+from scoring import digit_scorer, scores
 from torch import Tensor, nn
 
-from flowmatch_mnist import mnist
-from flowmatch_mnist.data import MNISTDataModule
-from flowmatch_mnist.errors import UserError, exit_on_error
-from flowmatch_mnist.files import save_json
-from flowmatch_mnist.generate import Flow, Sampler, Samples, generate, to_images
-from flowmatch_mnist.models import load_digits, newest_checkpoint, read_checkpoint
-from flowmatch_mnist.pictures import grid, save_png
-from flowmatch_mnist.pixels import PIXELS
+from flowmatch_mnist.images import mnist
+from flowmatch_mnist.images.pictures import grid, save_png
+from flowmatch_mnist.images.pixels import PIXELS
+from flowmatch_mnist.sampling.generate import Flow, Sampler, Samples, generate
+from flowmatch_mnist.sampling.weights import load_digits, newest_checkpoint, read_checkpoint
+from flowmatch_mnist.support.errors import UserError, exit_on_error
+from flowmatch_mnist.support.files import save_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -311,7 +311,7 @@ def train(rival: Rival, images: Tensor, labels: Tensor, seconds: float) -> int:
         for batch in torch.randperm(len(images), generator=generator).split(rival.batch_size):
             if len(batch) < rival.batch_size:
                 continue
-            rival.step(PIXELS["linear"].forward(images[batch, None]), labels[batch])
+            rival.step(PIXELS["linear"].encode(images[batch]), labels[batch])
             seen += rival.batch_size
             if seen == 0:
                 start = time.perf_counter()
@@ -324,7 +324,7 @@ def draw(rival: Rival, labels: Tensor) -> Tensor:
     """Digits of the labels, uint8 (N, 28, 28), a hundred at a time."""
     rival.net.eval()
     drawn = [rival.draw(y) for y in track(labels.split(100), "drawing", transient=True)]
-    return to_images(torch.cat(drawn))
+    return PIXELS["linear"].decode(torch.cat(drawn))
 
 
 def train_ours(options: argparse.Namespace) -> tuple[float, int, Flow, Sampler]:
@@ -354,21 +354,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/rivals"), help="of the picture and the figures, without ending")
     options = parser.parse_args()
     labels = torch.arange(options.samples) % 10
-    data = MNISTDataModule("data")
-    data.prepare_data()
-    data.setup("test")
+    score = digit_scorer()
     images, digits = mnist.load(Path("data"), "train")
     rows: dict[str, dict[str, Any]] = {}
     shown = []
 
     def report(name: str, seen: int, drawn: Tensor, evaluations: int, drawing: float) -> None:
-        figures = {f.title: f.telling for f in data.measure(Samples(drawn, labels, evaluations), "test", "cpu") if f.main}
         rows[name] = {
             "images seen": seen,
             "images/s": seen / seconds,
             "evaluations": evaluations,
             "digits/s": len(labels) / drawing,
-            **figures,
+            **scores(score(Samples(drawn, labels, evaluations))),
         }
         shown.append(drawn[:10])
         told = ", ".join(f"{what} {value:.4g}" for what, value in rows[name].items())

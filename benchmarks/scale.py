@@ -25,9 +25,9 @@ from rich.table import Table
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowmatch_mnist.cli import native_precision
-from flowmatch_mnist.muon import Muon
-from flowmatch_mnist.unet import UNet
+from flowmatch_mnist.networks.unet import UNet
+from flowmatch_mnist.training.cli import native_precision
+from flowmatch_mnist.training.muon import Muon
 
 CONFIG = yaml.safe_load((Path(__file__).resolve().parent.parent / "configs" / "quick.yaml").read_text())
 NETWORK: dict[str, Any] = CONFIG["model"]["net"]["init_args"]

@@ -23,11 +23,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from flowmatch_mnist import cli, mnist
-from flowmatch_mnist.guidance import drop_labels
-from flowmatch_mnist.module import FlowMatching
-from flowmatch_mnist.paths import PATHS
-from flowmatch_mnist.pixels import PIXELS
+from flowmatch_mnist.images import mnist
+from flowmatch_mnist.images.pixels import PIXELS
+from flowmatch_mnist.training import cli
+from flowmatch_mnist.training.module import FlowMatching
 
 ROUNDS: list[list[float]] = []
 """Of each round the images per second: of Lightning, of the bare loop, and of torchcfm, if it was asked for."""
@@ -52,21 +51,20 @@ class Bare:
         self.average = [p.detach().clone() for p in self.net.parameters()]
         self.optimizer = module.optimizer(self.net.parameters())
         self.images, self.labels = mnist.load(Path("data"), "train")
-        self.batch_size, self.module, self.path, self.precision = batch_size, module, PATHS[module.path], precision
+        self.batch_size, self.objective, self.precision = batch_size, module.objective, precision
         self.generator = torch.Generator().manual_seed(0)
 
     def draw(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (count, 1, 28, 28) in [-1, 1] and their labels (count,)."""
         batch = torch.randint(len(self.images), (count,))
-        return PIXELS["linear"].forward(self.images[batch, None]), self.labels[batch]
+        return PIXELS["linear"].encode(self.images[batch]), self.labels[batch]
 
     def step(self) -> None:
         """One step."""
         x1, y = self.draw(self.batch_size)
-        y = drop_labels(y, self.module.label_dropout, self.net.no_label, torch.rand(len(y)))
-        x0, t = torch.randn_like(x1), self.module.times.sample(len(y), self.generator)
+        x0, t = torch.randn_like(x1), self.objective.density.sample(len(y), self.generator)
         with self.precision():
-            loss = (self.net(self.path.point(x0, x1, t), t, y) - (x1 - x0)).square().mean()
+            loss = self.objective(self.net, x0, x1, y, t).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         self.optimizer.step()

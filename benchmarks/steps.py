@@ -1,4 +1,4 @@
-"""Steps against quality: every solver with every number of evaluations and every guidance, measured by the ruler.
+"""Steps against quality: every solver with every number of evaluations and every guidance, scored beside real digits.
 
     python benchmarks/steps.py --checkpoint runs/quick/version_0/checkpoints/last.ckpt
 
@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from rich.progress import track
+from scoring import digit_scorer, scores
 
-from flowmatch_mnist.data import MNISTDataModule
-from flowmatch_mnist.errors import UserError, exit_on_error
-from flowmatch_mnist.files import replacing, save_json
-from flowmatch_mnist.generate import Flow, Sampler, generate
-from flowmatch_mnist.models import load_digits
-from flowmatch_mnist.solvers import SOLVERS
+from flowmatch_mnist.evaluation.problems import Scorer
+from flowmatch_mnist.sampling.generate import Flow, Sampler, generate
+from flowmatch_mnist.sampling.weights import load_digits
+from flowmatch_mnist.support.choices import SOLVERS
+from flowmatch_mnist.support.errors import UserError, exit_on_error
+from flowmatch_mnist.support.files import replacing, save_json
 
 EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "dpmpp_2m": 1}
 """Of each solver, in one step."""
@@ -39,12 +40,10 @@ def samplers(solvers: list[str], evaluations: list[int], guidances: list[float])
     return found
 
 
-def measure(flow: Flow, sampler: Sampler, data: MNISTDataModule, count: int, seed: int) -> dict[str, Any]:
+def measure(flow: Flow, sampler: Sampler, score: Scorer, count: int, seed: int) -> dict[str, Any]:
     """Draw and measure; the sampler, its evaluations and the figures."""
     samples = generate(flow, torch.arange(count) % 10, sampler, seed=seed)
-    figures = data.measure(samples, "test", next(flow.net.parameters()).device)
-    told = {figure.title: figure.telling for figure in figures if figure.main}
-    return {"sampler": asdict(sampler), "evaluations": samples.evaluations, **told}
+    return {"sampler": asdict(sampler), "evaluations": samples.evaluations, **scores(score(samples))}
 
 
 def draw(points: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -88,12 +87,10 @@ def main() -> None:
     if min(options.samples, *options.evaluations) < 1:
         raise UserError("--samples and --evaluations must be at least 1")
     checkpoint, flow, _ = load_digits(options.checkpoint, options.device)
-    data = MNISTDataModule(options.data_dir)
-    data.prepare_data()
-    data.setup("test")
+    score = digit_scorer(options.data_dir, options.device)
     points = []
     for sampler in track(samplers(options.solvers, options.evaluations, options.guidance), "measuring"):
-        points.append(measure(flow, sampler, data, options.samples, options.seed))
+        points.append(measure(flow, sampler, score, options.samples, options.seed))
         told = ", ".join(f"{name} {value:.3f}" for name, value in points[-1].items() if isinstance(value, float))
         print(f"{sampler.description()} (NFE {points[-1]['evaluations']}): {told}", flush=True)
     contents = {"checkpoint": str(checkpoint), "samples": options.samples, "seed": options.seed, "points": points}

@@ -15,20 +15,20 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from flowmatch_mnist.errors import exit_on_error
-from flowmatch_mnist.files import replacing
-from flowmatch_mnist.generate import Flow, Sampler, Samples, generate
-from flowmatch_mnist.models import load, newest_checkpoint
-from flowmatch_mnist.reflow import straightness
-from flowmatch_mnist.toy import LENGTH, CurveDataModule, curve
+from flowmatch_mnist.data.curve import LENGTH, Curve, curve
+from flowmatch_mnist.data.reflow import straightness
+from flowmatch_mnist.sampling.generate import Flow, Sampler, Samples, generate
+from flowmatch_mnist.sampling.weights import load, newest_checkpoint
+from flowmatch_mnist.support.errors import exit_on_error
+from flowmatch_mnist.support.files import replacing
 
 POINTS = 5000
 SHOWN = 200
 
 
-def draw(flow: Flow, data: CurveDataModule, steps: int) -> Samples:
+def draw(flow: Flow, steps: int) -> Samples:
     """Points by Euler's steps, with the states on the way."""
-    return generate(flow, torch.zeros(POINTS, dtype=torch.int64), Sampler(steps, "euler"), keep_states=True, finish=data.finish)
+    return generate(flow, torch.zeros(POINTS, dtype=torch.int64), Sampler(steps, "euler"), keep_states=True)
 
 
 def main() -> None:
@@ -38,20 +38,19 @@ def main() -> None:
     parser.add_argument("--after", type=Path, help="default: the newest run called toy_reflow")
     parser.add_argument("--out", type=Path, default=Path("docs/straight_toy.png"))
     options = parser.parse_args()
-    data = CurveDataModule()
     figure = Figure(figsize=(12, 4), dpi=100, layout="constrained")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     x = torch.linspace(0, LENGTH, 400)
     given = (("before", "toy", options.before), ("after", "toy_reflow", options.after))
     for axes, (when, name, path) in zip(panels, given, strict=True):
         flow, _ = load(path or newest_checkpoint(name=name))
-        fine = draw(flow, data, 100)
+        fine = draw(flow, 100)
         assert fine.states is not None
         # In the units of the network, as the paper has it.
-        bend = straightness(data.scale(fine.states)).mean().item()
+        bend = straightness(flow.units.encode(fine.states)).mean().item()
         ends = []
         for steps in (1, 2, 4):
-            (near,) = data.measure(draw(flow, data, steps), "test", torch.device("cpu"))
+            (near,) = Curve().measure(draw(flow, steps))
             ends.append(f"{steps} step{'s' * (steps > 1)} {near.value:.3f}")
         print(f"{when} reflow: straightness {bend:.4f}; {'; '.join(ends)}", flush=True)
         ways = fine.states[:, :SHOWN]

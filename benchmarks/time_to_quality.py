@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
+from scoring import digit_scorer
 from steps import measure
 
-from flowmatch_mnist.callbacks import averaged
-from flowmatch_mnist.data import MNISTDataModule
-from flowmatch_mnist.errors import UserError, exit_on_error
-from flowmatch_mnist.files import replacing, save_json
-from flowmatch_mnist.models import load, newest_checkpoint, save
+from flowmatch_mnist.sampling.weights import load, newest_checkpoint, save
+from flowmatch_mnist.support.errors import UserError, exit_on_error
+from flowmatch_mnist.support.files import replacing, save_json
+from flowmatch_mnist.training.ema import averaged_flow
 
 ROOT = Path(__file__).resolve().parent.parent
 STARTED = "TIME_TO_QUALITY_STARTED"
@@ -49,9 +49,9 @@ class PutAside(Callback):
         """Put aside what is due."""
         seconds = time.time() - float(os.environ[STARTED])
         if trainer.is_global_zero and seconds >= self.due and trainer.log_dir:
-            module = averaged(trainer, pl_module)  # type: ignore[arg-type]
-            said = {"step": str(trainer.global_step)}
-            save(Path(trainer.log_dir) / f"after_{seconds:05.0f}_s.safetensors", module.flow, module.sampler, said)
+            path = Path(trainer.log_dir) / f"after_{seconds:05.0f}_s.safetensors"
+            flow = averaged_flow(trainer, pl_module)  # type: ignore[arg-type]
+            save(path, flow, pl_module.sampler, {"step": str(trainer.global_step)})  # type: ignore[arg-type]
             self.due += self.every
 
 
@@ -104,15 +104,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.samples < 1000 or options.every <= 0:
         raise UserError("--samples must be at least 1000, and --every more than 0")
-    data = MNISTDataModule("data")
-    data.prepare_data()
-    data.setup("test")
+    score = digit_scorer(device=options.device)
     runs: dict[str, list[dict[str, Any]]] = {}
     for seed in options.seeds:
         points = runs[str(seed)] = []
         for seconds, path in train(options, seed)[-options.last_only :]:
             flow, sampler = load(path, options.device)
-            points.append({"seconds": seconds, **measure(flow, sampler, data, options.samples, seed)})
+            points.append({"seconds": seconds, **measure(flow, sampler, score, options.samples, seed)})
             told = ", ".join(f"{name} {value:.4g}" for name, value in points[-1].items() if isinstance(value, float))
             print(f"seed {seed}: {told}", flush=True)
             save_json(options.out.with_suffix(".json"), {"config": options.config, "samples": options.samples, "runs": runs})

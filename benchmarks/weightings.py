@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from flowmatch_mnist.errors import exit_on_error
-from flowmatch_mnist.files import replacing
-from flowmatch_mnist.weighting import WEIGHTINGS
+from flowmatch_mnist.flow.weighting import WEIGHTINGS
+from flowmatch_mnist.support.errors import exit_on_error
+from flowmatch_mnist.support.files import replacing
 
 NAMES = {
     "flow_matching": "flow matching: exp(-l/2), also velocity on the cosine path",

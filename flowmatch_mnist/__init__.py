@@ -14,8 +14,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flowmatch_mnist.generate import Flow, Sampler, Samples
-    from flowmatch_mnist.models import draw, load
+    from flowmatch_mnist.sampling.generate import Flow, Sampler, Samples
+    from flowmatch_mnist.sampling.weights import draw, load
 
 __all__ = ["Flow", "Sampler", "Samples", "draw", "load"]
 
@@ -24,4 +24,4 @@ def __getattr__(name: str) -> Any:
     # Imported when first asked for: `sample.py` tells a mistake on its command line before it waits for PyTorch.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{'models' if name in ('draw', 'load') else 'generate'}"), name)
+    return getattr(import_module(f"{__name__}.sampling.{'weights' if name in ('draw', 'load') else 'generate'}"), name)

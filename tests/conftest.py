@@ -14,8 +14,8 @@ import fuzz
 import pytest
 import torch
 
-from flowmatch_mnist import mnist
-from flowmatch_mnist.unet import UNet
+from flowmatch_mnist.images import mnist
+from flowmatch_mnist.networks.unet import UNet
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Path(__file__).with_name("tiny.yaml")

@@ -3,7 +3,7 @@
 Along any path the state is x_t = alpha m + sqrt(alpha^2 s^2 + sigma^2) z with a z that does not change.
 """
 
-from flowmatch_mnist.paths import match_dims
+from flowmatch_mnist.flow.paths import match_dims
 
 MEAN, SPREAD = 0.7, 0.3
 

@@ -16,8 +16,8 @@ from conftest import ROOT, TINY, Evil, assert_one_line_error, run, run_here
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flowmatch_mnist import cli
-from flowmatch_mnist.models import load
+from flowmatch_mnist.sampling.weights import load
+from flowmatch_mnist.training import cli
 
 
 def events(version: Path) -> EventAccumulator:
@@ -187,7 +187,7 @@ def test_two_processes_share_the_steps_that_one_would_take(tmp_path, data_dir, m
         (["--trainer.max_epochs", "many"], ["trainer.max_epochs: Expected a <class 'int'>, got many"]),
         (["--model.times", "Sometimes"], ["no model.times 'Sometimes'", "Uniform, Start, LogitNormal, Mode, Cosine"]),
         (["--model.net", "Transformer"], ["no model.net 'Transformer'", "UNet", "MLP"]),
-        (["--data", "ImageNet"], ["no data 'ImageNet'", "MNISTDataModule, IDXDataModule, ReflowDataModule, CurveDataModule"]),
+        (["--data", "ImageNet"], ["no data 'ImageNet'", "CurveDataModule, MNISTDataModule, IDXDataModule, ReflowDataModule"]),
         (["--model.path", "round"], ["no model.path 'round'", "'linear', 'cosine', 'vp'"]),
         (["--model.prediction", "score"], ["no model.prediction 'score'", "'velocity', 'data', 'noise'"]),
         (["--model.weighting", "mine"], ["no model.weighting 'mine'", "'flow_matching', 'sd3', 'edm', 'ddpm'"]),

@@ -5,7 +5,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from flowmatch_mnist.couplings import COUPLINGS, independent, optimal_transport, ot_within_class
+from flowmatch_mnist.flow.couplings import COUPLINGS, independent, optimal_transport, ot_within_class
 
 
 def cost(x0, x1):

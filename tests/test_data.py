@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flowmatch_mnist.data import Batches, MNISTDataModule
+from flowmatch_mnist.data.batches import Batches
+from flowmatch_mnist.data.digits import MNISTDataModule
 
 
 def data_module(data_dir, rank=0, world_size=1, step=0, seed=0, epoch=0, **settings):
@@ -129,17 +130,17 @@ def test_dequantised_levels_get_noise_of_their_own_in_each_step_and_the_same_in_
     batch = (data.splits["train"][0][:8], data.splits["train"][1][:8])
     first, second = (data.on_after_batch_transfer(batch, 0)[1] for _ in range(2))
     assert first.shape == (8, 1, 28, 28) and not (first == second).any(), "each of its pixels is another"
-    assert_same_levels(data.finish(first), batch[0])
-    assert_same_levels(data.finish(second), batch[0])
+    assert_same_levels(data.problem.units.decode(first), batch[0])
+    assert_same_levels(data.problem.units.decode(second), batch[0])
     assert abs(first.square().mean().sqrt() - 1) < 0.1
     evaluated = [data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)[1] for _ in range(2)]
     assert torch.equal(*evaluated)
-    assert_same_levels(data.finish(evaluated[0]), data.splits["val"][0])
+    assert_same_levels(data.problem.units.decode(evaluated[0]), data.splits["val"][0])
     assert len(evaluated[0][0].unique()) == 28 * 28
 
 
 def test_without_noise_a_level_is_the_middle_of_its_cell(data_dir):
     data = MNISTDataModule(str(data_dir))
     levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
-    torch.testing.assert_close(data.scale(levels), levels[None] / 127.5 - 1)
-    assert torch.equal(data.finish(data.scale(levels)), levels)
+    torch.testing.assert_close(data.encode(levels), levels[None] / 127.5 - 1)
+    assert torch.equal(data.problem.units.decode(data.encode(levels)), levels)

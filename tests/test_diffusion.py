@@ -7,9 +7,9 @@ import pytest
 import torch
 from oracle import MEAN, SPREAD, Gaussian
 
-from flowmatch_mnist.convert import PREDICTIONS, StraightVelocity, pair
-from flowmatch_mnist.paths import PATHS
-from flowmatch_mnist.solvers import ONE_STEP, churned, euler, time_grid, trajectory
+from flowmatch_mnist.flow.paths import PATHS
+from flowmatch_mnist.flow.predictions import PREDICTIONS, StraightVelocity, pair
+from flowmatch_mnist.flow.solvers import ONE_STEP, churned, euler, time_grid, trajectory
 
 STRAIGHT = PATHS["linear"]
 EVERY_PATH = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
@@ -78,7 +78,7 @@ def test_churn_keeps_mean_and_variance_at_any_strength(churn, solver):
     x0 = torch.randn(40_000, generator=generator, dtype=torch.float64)
     draw = lambda: torch.randn(40_000, generator=generator, dtype=torch.float64)  # noqa: E731
     velocity = Gaussian(STRAIGHT, "velocity")
-    states = list(trajectory(velocity, x0, time_grid(200), solver, churn=churn, draw=draw))
+    states = list(trajectory(velocity, x0, time_grid(200), solver, churn=churn, fresh_noise=draw))
     for t, x in ((0.5, states[100]), (1.0, states[200])):
         deviation = math.hypot(t * SPREAD, 1 - t)
         assert abs(x.mean().item() - t * MEAN) < 0.01 + 4 * deviation / 200
@@ -103,7 +103,7 @@ def test_ddpm_is_ddim_that_went_twice_as_far_and_was_noised_again():
     grid = time_grid(40, "log_snr")
     start = normal()
 
-    ours = list(trajectory(two_points, start, grid, "euler", churn=1.0, draw=normal))
+    ours = list(trajectory(two_points, start, grid, "euler", churn=1.0, fresh_noise=normal))
 
     x = start
     for t, t_next in pairwise(grid):

@@ -8,8 +8,8 @@ import onnxruntime
 import torch
 from conftest import assert_one_line_error, run_here
 
-from flowmatch_mnist.export import export
-from flowmatch_mnist.generate import Flow, Sampler, generate
+from flowmatch_mnist.sampling.export import export
+from flowmatch_mnist.sampling.generate import Flow, Sampler, generate
 
 ALONE = """
 import sys, torch

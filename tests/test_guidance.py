@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowmatch_mnist.guidance import Guided, drop_labels
+from flowmatch_mnist.flow.guidance import Guided, drop_labels
 
 
 def test_labels_are_dropped_one_by_one_and_as_often_as_asked():

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import TINY, assert_one_line_error, run_here
 
-from flowmatch_mnist import mnist
-from flowmatch_mnist.errors import UserError
+from flowmatch_mnist.images import mnist
+from flowmatch_mnist.support.errors import UserError
 
 
 def idx(magic, *shape):

@@ -10,10 +10,10 @@ from conftest import ROOT
 from PIL import Image
 
 import flowmatch_mnist
-from flowmatch_mnist.errors import UserError
-from flowmatch_mnist.generate import generate
-from flowmatch_mnist.models import PRETRAINED, load
-from flowmatch_mnist.pictures import grid
+from flowmatch_mnist.images.pictures import grid
+from flowmatch_mnist.sampling.generate import generate
+from flowmatch_mnist.sampling.weights import PRETRAINED, load
+from flowmatch_mnist.support.errors import UserError
 
 
 def test_draw_is_load_and_generate():

@@ -8,15 +8,15 @@ import torch
 from oracle import MEAN, SPREAD, Gaussian
 from torch.distributions import MultivariateNormal, Normal
 
-from flowmatch_mnist.convert import PREDICTIONS, StraightVelocity
-from flowmatch_mnist.generate import INVERTER, Flow, Sampler
-from flowmatch_mnist.likelihood import INTEGRATOR, log_likelihood, marginal_log_likelihood
-from flowmatch_mnist.mlp import MLP
-from flowmatch_mnist.network import Network
-from flowmatch_mnist.paths import PATHS
-from flowmatch_mnist.pixels import bits_per_dimension, dequantize
-from flowmatch_mnist.solvers import time_grid, trajectory
-from flowmatch_mnist.unet import UNet
+from flowmatch_mnist.flow.paths import PATHS
+from flowmatch_mnist.flow.predictions import PREDICTIONS, StraightVelocity
+from flowmatch_mnist.flow.solvers import time_grid, trajectory
+from flowmatch_mnist.images.pixels import bits_per_dimension, dequantize
+from flowmatch_mnist.networks.base import Network
+from flowmatch_mnist.networks.mlp import MLP
+from flowmatch_mnist.networks.unet import UNet
+from flowmatch_mnist.sampling.generate import INVERTER, Flow, Sampler
+from flowmatch_mnist.sampling.likelihood import INTEGRATOR, log_likelihood, marginal_log_likelihood
 
 EVERY_PATH = pytest.mark.parametrize("path", PATHS)
 EVERY_PREDICTION = pytest.mark.parametrize("prediction", PREDICTIONS)

@@ -6,13 +6,13 @@ from conftest import TINY, assert_one_line_error, run_here
 from oracle import MEAN, SPREAD, Gaussian
 from torch import nn
 
-from flowmatch_mnist.guidance import Guided
-from flowmatch_mnist.meanflow import MeanFlow, derivative
-from flowmatch_mnist.models import load
-from flowmatch_mnist.network import Network
-from flowmatch_mnist.paths import PATHS, match_dims
-from flowmatch_mnist.solvers import time_grid, trajectory
-from flowmatch_mnist.unet import UNet
+from flowmatch_mnist.flow.guidance import Guided
+from flowmatch_mnist.flow.meanflow import MeanFlow, derivative
+from flowmatch_mnist.flow.paths import PATHS, match_dims
+from flowmatch_mnist.flow.solvers import time_grid, trajectory
+from flowmatch_mnist.networks.base import Network
+from flowmatch_mnist.networks.unet import UNet
+from flowmatch_mnist.sampling.weights import load
 
 STRAIGHT = PATHS["linear"]
 velocity = Gaussian(STRAIGHT, "velocity")

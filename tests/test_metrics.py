@@ -1,22 +1,26 @@
-"""The ruler: each measure against a closed form or a case whose answer is known, and the whole on real digits."""
+"""The evaluator: each measure against a closed form or a case whose answer is known, and the whole on real digits."""
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 
-from flowmatch_mnist import digitnet, mnist, streams
-from flowmatch_mnist.errors import UserError
-from flowmatch_mnist.files import load_weights
-from flowmatch_mnist.metrics import (
-    Figure,
+import flowmatch_mnist.digitnet as train_digitnet
+from flowmatch_mnist.evaluation import digitnet
+from flowmatch_mnist.evaluation.metrics import (
+    Evaluator,
     Manifold,
-    Ruler,
+    Measurement,
     frechet_distance,
     kernel_distance,
     label_accuracy,
+    read_digits,
     table,
 )
+from flowmatch_mnist.images import mnist
+from flowmatch_mnist.support import streams
+from flowmatch_mnist.support.errors import UserError
+from flowmatch_mnist.support.files import load_weights
 
 DIM = digitnet.DigitNet.num_features
 
@@ -98,63 +102,67 @@ def some(data_dir, split, start, stop):
 
 
 @pytest.fixture(scope="session")
-def ruler(data_dir):
-    return Ruler(some(data_dir, "test", 0, 2000), some(data_dir, "train", 0, 8000))
+def evaluator(data_dir):
+    return Evaluator(some(data_dir, "test", 0, 2000), some(data_dir, "train", 0, 8000))
 
 
-def measure(ruler, images, labels):
-    return {figure.title: figure.telling for figure in ruler.measure(images, labels)}
+def measure(evaluator, images, labels):
+    return {m.title: m.score for m in evaluator.measure(images, labels)}
 
 
-def test_the_ruler_knows_real_digits_copies_prototypes_and_noise(ruler, data_dir):
+def test_the_evaluator_knows_real_digits_copies_prototypes_and_noise(evaluator, data_dir):
     images, labels = some(data_dir, "train", 8000, 8500)
-    real = measure(ruler, images, labels)
+    real = measure(evaluator, images, labels)
     assert real["Frechet distance ratio"] == pytest.approx(1, abs=0.3)
     assert real["label accuracy"] > 0.98 and real["precision"] > 0.8 and real["recall"] > 0.6
     assert real["near copies"] < 0.05 and abs(real["kernel distance"]) < 0.05
 
-    copies = measure(ruler, ruler.training[:500], ruler.training_labels[:500])
+    copies = measure(evaluator, evaluator.training[:500], evaluator.training_labels[:500])
     assert copies["near copies"] == 1 and copies["distance to nearest training image"] < 1e-3
 
     # One good digit of each class, again and again: every label right, and nothing else.
     first = torch.stack([images[labels == digit][0] for digit in range(10)])
-    prototypes = measure(ruler, first.repeat(50, 1, 1), torch.arange(10).repeat(50))
+    prototypes = measure(evaluator, first.repeat(50, 1, 1), torch.arange(10).repeat(50))
     assert prototypes["label accuracy"] > 0.89 and prototypes["recall"] < 0.1
     assert prototypes["Frechet distance ratio"] > 5 * real["Frechet distance ratio"]
 
-    noise = measure(ruler, torch.randint(256, (500, 28, 28), dtype=torch.uint8), labels)
+    noise = measure(evaluator, torch.randint(256, (500, 28, 28), dtype=torch.uint8), labels)
     assert noise["label accuracy"] < 0.3 and noise["near copies"] == 0
     assert noise["Frechet distance ratio"] > 5 * real["Frechet distance ratio"]
 
 
-def test_what_real_data_get_stands_beside_each_figure(ruler, data_dir):
+def test_each_measurement_has_the_baseline_of_real_data(evaluator, data_dir):
     images, labels = some(data_dir, "train", 8000, 8100)
-    figures = {figure.name: figure for figure in ruler.measure(images, labels)}
-    # The floor: as many training images of each digit, drawn once for all.
+    found = {m.name: m for m in evaluator.measure(images, labels)}
+    # As many training images of each digit, drawn once for all.
     order = torch.randperm(8000, generator=streams.generator("cpu", "floor"))
-    floor = torch.cat([order[ruler.training_labels[order] == digit][: (labels == digit).sum()] for digit in range(10)])
-    features = ruler.look(ruler.training[floor])[0]
-    assert figures["Frechet distance"].real == pytest.approx(frechet_distance(ruler.features, features))
-    assert figures["recall"].real == Manifold(features).share(ruler.features)
-    assert figures["label accuracy"].real == ruler.accuracy > 0.99
-    assert figures["near copies"].real == pytest.approx(0.01, abs=1e-3)
+    floor = torch.cat([order[evaluator.training_labels[order] == digit][: (labels == digit).sum()] for digit in range(10)])
+    features = read_digits(evaluator.net, evaluator.training[floor])[0]
+    assert found["Frechet distance"].baseline == pytest.approx(frechet_distance(evaluator.features, features))
+    assert found["recall"].baseline == Manifold(features).share(evaluator.features)
+    assert found["label accuracy"].baseline == evaluator.accuracy > 0.99
+    assert found["near copies"].baseline == pytest.approx(0.01, abs=1e-3)
     with pytest.raises(UserError, match="10000 samples are more"):
-        ruler.measure(torch.zeros(10_000, 28, 28, dtype=torch.uint8), torch.arange(10_000) % 10)
+        evaluator.measure(torch.zeros(10_000, 28, 28, dtype=torch.uint8), torch.arange(10_000) % 10)
     with pytest.raises(UserError, match="9 held-out images are too few"):
-        Ruler((images[:9], labels[:9]), (images, labels))
+        Evaluator((images[:9], labels[:9]), (images, labels))
 
 
 def test_the_table_and_the_tags():
-    figures = [Figure("Frechet distance", 3.0, 1.5, ratio=True), Figure("label accuracy by digit/7", 0.9, 1.0)]
-    first, second, third = table(figures).splitlines()
+    measurements = [Measurement("Frechet distance", 3.0, 1.5, ratio=True), Measurement("label accuracy by digit/7", 0.9, 1.0)]
+    first, second, third = table(measurements).splitlines()
     assert first.split() == ["samples", "real", "data", "ratio"]
     assert second.split() == ["Frechet", "distance", "3.0000", "1.5000", "2.00"]
     assert third.split() == ["label", "accuracy", "by", "digit", "7", "0.9000", "1.0000"]
-    assert [figure.tag for figure in figures] == ["quality/Frechet distance ratio", "quality_details/label accuracy by digit 7"]
+    assert [m.tag for m in measurements] == ["quality/Frechet distance ratio", "quality_details/label accuracy by digit 7"]
+
+
+def accuracy(net, images, labels):
+    return label_accuracy(read_digits(net, images)[1], labels)[0]
 
 
 def test_digitnet_reads_as_well_as_its_file_claims(data_dir):
-    measured = digitnet.accuracy(digitnet.digitnet(), *mnist.load(data_dir, "test"))
+    measured = accuracy(digitnet.digitnet(), *mnist.load(data_dir, "test"))
     claimed = load_weights(digitnet.WEIGHTS)[1]
     assert measured == pytest.approx(float(claimed["test_accuracy"]), abs=2e-4)  # two images, for other processors
     assert measured >= 0.996
@@ -168,20 +176,20 @@ def test_digitnet_learns_and_learns_the_same_again(data_dir, tmp_path, monkeypat
     monkeypatch.setattr(mnist, "load", lambda data_dir, split: few[split])
     out = tmp_path / "weights.safetensors"
     monkeypatch.setattr("sys.argv", ["digitnet", "--epochs", "2", "--out", str(out), "--data-dir", str(data_dir)])
-    digitnet.main()
+    train_digitnet.main()
     assert f"wrote {out}" in capsys.readouterr().out
     monkeypatch.setattr(digitnet, "WEIGHTS", out)
     net = digitnet.digitnet()
     claimed = load_weights(out)[1]["test_accuracy"]
-    assert digitnet.accuracy(net, *few["test"]) == pytest.approx(float(claimed), abs=2e-3)
-    assert digitnet.accuracy(net, *few["test"]) > 0.8
-    again = digitnet.train(*few["train"], epochs=2, seed=0).state_dict()
+    assert accuracy(net, *few["test"]) == pytest.approx(float(claimed), abs=2e-3)
+    assert accuracy(net, *few["test"]) > 0.8
+    again = train_digitnet.train(*few["train"], epochs=2, seed=0).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in net.state_dict().items())
 
 
 def test_distorted_digits_are_still_white_on_black_and_each_is_distorted_by_itself(data_dir):
     image = mnist.load(data_dir, "test")[0][:1]
-    distorted = digitnet.distort(image.expand(50, -1, -1), torch.Generator().manual_seed(0))
+    distorted = train_digitnet.distort(image.expand(50, -1, -1), torch.Generator().manual_seed(0))
     assert distorted.shape == (50, 1, 28, 28) and distorted.min() == -1 and distorted.max() <= 1
     assert (distorted[:, 0, 0, 0] == -1).all()
     assert len({tuple(one.flatten().tolist()) for one in distorted}) == 50

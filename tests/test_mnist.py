@@ -15,14 +15,14 @@ import pytest
 import torch
 import torchvision
 
-from flowmatch_mnist import mnist
-from flowmatch_mnist.errors import UserError
+from flowmatch_mnist.images import mnist
+from flowmatch_mnist.support.errors import UserError
 
 NAMES = list(mnist.MD5)
 
 
 def genuine(data_dir: Path, name: str) -> bytes:
-    content = mnist.find(data_dir, name)
+    content = mnist.genuine(data_dir, name)
     assert content is not None
     return content
 

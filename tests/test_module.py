@@ -1,4 +1,4 @@
-"""The training step: the loss of a perfect field, randomness that repeats, and the learning rate."""
+"""The training step: randomness that repeats, what the data and the network must agree on, and the learning rate."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -7,48 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from flowmatch_mnist.module import FlowMatching, learning_rate_factor, reduce
-from flowmatch_mnist.paths import match_dims
-from flowmatch_mnist.times import Uniform
-
-MEAN, SPREAD = 0.3, 0.5
-
-
-class Perfect(nn.Module):
-    """The exact marginal velocity from N(0, I) to N(MEAN, SPREAD^2 I)."""
-
-    no_label = 10
-
-    def forward(self, x, t, y):
-        t = match_dims(t, x)
-        variance = SPREAD**2 * t**2 + (1 - t) ** 2
-        return MEAN + (SPREAD**2 * t - (1 - t)) / variance * (x - MEAN * t)
-
-
-def test_the_loss_of_a_perfect_field_is_the_irreducible_one():
-    """E[Var(x1 - x0 | x_t)] = s^2 / (s^2 t^2 + (1 - t)^2) for each pixel: what no field can know."""
-    for t in (0.1, 0.5, 0.9):
-        x0 = torch.randn(4000, 1, 4, 4)
-        x1 = MEAN + SPREAD * torch.randn_like(x0)
-        y = torch.zeros(4000, dtype=torch.long)
-        losses = reduce(FlowMatching(Perfect()).error(x0, x1, y, torch.full((4000,), t)), "squared")
-        irreducible = SPREAD**2 / (SPREAD**2 * t**2 + (1 - t) ** 2)
-        error = (losses.mean() - irreducible).abs().item()
-        assert error < 4 * losses.std().item() / 4000**0.5
-        # and a field that is off by 0.1 pays just that, squared
-        off = FlowMatching(Perfect())
-        off.net.register_forward_hook(lambda net, inputs, v: v + 0.1)
-        wrong = reduce(off.error(x0, x1, y, torch.full((4000,), t)), "squared")
-        assert abs(wrong.mean() - losses.mean() - 0.01) < 0.005
-
-
-@pytest.mark.parametrize(("loss", "best"), [("squared", 0.4), ("huber", 0.4), ("charbonnier", 1.0)])
-def test_where_seven_in_ten_pixels_are_white_the_best_guess_is_their_mean_or_their_median(loss, best):
-    pixels = torch.tensor([1.0] * 7 + [-1.0] * 3)
-    guesses = torch.linspace(-1, 1, 201)
-    losses = reduce(pixels - guesses[:, None], loss)
-    assert guesses[losses.argmin()].item() == pytest.approx(best, abs=0.011)
-    assert reduce(torch.zeros(2, 10), loss).tolist() == [0.0, 0.0]
+from flowmatch_mnist.flow.times import Uniform
+from flowmatch_mnist.training.module import FlowMatching
+from flowmatch_mnist.training.steps import learning_rate_factor
 
 
 class Recorder(nn.Module):

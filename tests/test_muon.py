@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from flowmatch_mnist.muon import Muon, orthogonalize
+from flowmatch_mnist.training.muon import Muon, orthogonalize
 
 
 def test_orthogonalizing_pushes_singular_values_to_one_and_keeps_the_directions():

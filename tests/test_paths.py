@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from flowmatch_mnist.paths import PATHS
+from flowmatch_mnist.flow.paths import PATHS
 
 EVERY_PATH = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 T = torch.linspace(0, 1, 21, dtype=torch.float64)

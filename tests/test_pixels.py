@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from flowmatch_mnist.pixels import PIXELS, LogitPixels, bits_per_dimension, dequantize
+from flowmatch_mnist.images.pixels import PIXELS, LogitPixels, bits_per_dimension, dequantize
 
 EVERY_SCALE = pytest.mark.parametrize("pixels", PIXELS.values(), ids=PIXELS)
 LEVELS = torch.arange(256, dtype=torch.uint8)

@@ -5,15 +5,15 @@ import torch
 from conftest import assert_one_line_error, run_here
 from oracle import MEAN, SPREAD, Gaussian
 
-from flowmatch_mnist import reflow
-from flowmatch_mnist.errors import UserError
-from flowmatch_mnist.files import load_weights, save_weights
-from flowmatch_mnist.generate import Flow, Sampler
-from flowmatch_mnist.network import Network
-from flowmatch_mnist.paths import PATHS
-from flowmatch_mnist.reflow import draw_pairs, load_pairs, shard_path, straightness
-from flowmatch_mnist.solvers import time_grid, trajectory
-from flowmatch_mnist.toy import CurveDataModule
+from flowmatch_mnist.data import reflow
+from flowmatch_mnist.data.curve import CurveDataModule
+from flowmatch_mnist.data.reflow import draw_pairs, load_pairs, shard_path, straightness
+from flowmatch_mnist.flow.paths import PATHS
+from flowmatch_mnist.flow.solvers import time_grid, trajectory
+from flowmatch_mnist.networks.base import Network
+from flowmatch_mnist.sampling.generate import Flow, Sampler
+from flowmatch_mnist.support.errors import UserError
+from flowmatch_mnist.support.files import load_weights, save_weights
 
 EXACT = Sampler(steps=16, solver="rk4")
 

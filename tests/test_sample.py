@@ -11,14 +11,14 @@ import torch
 from conftest import ROOT, Evil, assert_one_line_error, run, run_here
 from PIL import Image
 
-from flowmatch_mnist import mnist
-from flowmatch_mnist.data import MNISTDataModule
-from flowmatch_mnist.errors import UserError
-from flowmatch_mnist.files import load_weights, replacing, save_checkpoint, save_weights
-from flowmatch_mnist.generate import Flow, Sampler, generate
-from flowmatch_mnist.models import PRETRAINED, load, newest_checkpoint, save
-from flowmatch_mnist.pictures import grid
-from sample import WEIGHTS
+from flowmatch_mnist.data.digits import MNISTDataModule
+from flowmatch_mnist.images import mnist
+from flowmatch_mnist.images.pictures import grid
+from flowmatch_mnist.sampling.generate import Flow, Sampler, generate
+from flowmatch_mnist.sampling.units import UNITS
+from flowmatch_mnist.sampling.weights import PRETRAINED, load, newest_checkpoint, save
+from flowmatch_mnist.support.errors import UserError
+from flowmatch_mnist.support.files import load_weights, replacing, save_checkpoint, save_weights
 
 CHECKPOINT = "runs/tiny/version_0/checkpoints/last.ckpt"
 
@@ -143,7 +143,7 @@ def test_a_picture_is_drawn_again_from_its_own_noise(tiny_run, data_dir):
         (["7", "--from-image", "test:0", "--from-image", "test:1"], ["--interpolate"]),
         (["7", "--checkpoint", "path.ckpt"], ["path.ckpt", "zigzag", "linear, cosine, vp"]),
         (["7", "--checkpoint", "prediction.ckpt"], ["prediction.ckpt", "velocity, data, noise"]),
-        (["7", "--checkpoint", "pixels.ckpt"], ["pixels.ckpt", "linear, logit"]),
+        (["7", "--checkpoint", "units.ckpt"], ["units.ckpt", "linear, logit, plane"]),
         (["7", "--out", "digits.jpg"], ["digits.jpg", ".png"]),
         (["7", "--out", "half.ckpt/digits.png"], ["half.ckpt/digits.png", "cannot write"]),
     ],
@@ -159,7 +159,7 @@ def test_mistakes_get_one_line_and_leave_nothing_behind(tiny_run, tmp_path, argu
         "network": lambda c: c["flowmatch_mnist"].update(network="os.system"),
         "path": lambda c: c["flowmatch_mnist"].update(path="zigzag"),
         "prediction": lambda c: c["flowmatch_mnist"].update(prediction="future"),
-        "pixels": lambda c: c["flowmatch_mnist"].update(pixels="sepia"),
+        "units": lambda c: c["flowmatch_mnist"].update(units="sepia"),
         "nan": lambda c: c["state_dict"]["net.stem.bias"].fill_(float("nan")),
     }.items():
         checkpoint = torch.load(tiny_run / CHECKPOINT, weights_only=True)
@@ -187,26 +187,26 @@ def test_the_weights_in_the_package_can_be_asked_for_beside_a_run(tiny_run):
     assert_one_line_error(
         run_here("sample.py", "7", "--weights", "mnist", "--checkpoint", CHECKPOINT, cwd=tiny_run), "not allowed with"
     )
-    assert set(WEIGHTS) == set(PRETRAINED)
 
 
 def test_the_weights_in_the_package_draw_as_well_as_they_say(data_dir):
     """A few of the digits whose figures stand in each file, drawn and measured anew."""
     data = MNISTDataModule(data_dir)
     data.setup("test")
+    score = data.problem.scorer(data.real("test"), data.real("train"), torch.device("cpu"))
     for path in PRETRAINED.values():
         flow, sampler = load(path)
         said = load_weights(path)[1]
         count = min(map(int, json.loads(said["figures"])))
         figures = json.loads(said["figures"])[str(count)]
-        measured = {f.name: f.value for f in data.measure(generate(flow, torch.arange(count) % 10, sampler), "test", "cpu")}
+        measured = {m.name: m.value for m in score(generate(flow, torch.arange(count) % 10, sampler))}
         assert measured["label accuracy"] > 0.985
         assert measured["Frechet distance"] == pytest.approx(figures["Frechet distance"][0], rel=0.1)
         assert path.stat().st_size < 8e6 and said["command"].split(" && ")[-1].startswith("python train.py")
 
 
 def test_a_saved_model_is_loaded_as_it_was(tmp_path, tiny_net):
-    flow, sampler = Flow(tiny_net, "vp", "noise", "logit"), Sampler(3, "heun", 2.0, (0.1, 0.9))
+    flow, sampler = Flow(tiny_net, "vp", "noise", UNITS["logit"]), Sampler(3, "heun", 2.0, (0.1, 0.9))
     save(tmp_path / "model.safetensors", flow, sampler, {"seed": "7"})
     again, its_sampler = load(tmp_path / "model.safetensors")
     assert again.describe(its_sampler) == flow.describe(sampler)

@@ -20,15 +20,17 @@ from conftest import ROOT, TINY, assert_one_line_error, run, run_here
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from flowmatch_mnist.callbacks import EMA, DrawSamples
-from flowmatch_mnist.data import Batches, MNISTDataModule
-from flowmatch_mnist.errors import UserError
-from flowmatch_mnist.files import damage, load_checkpoint, load_weights, save_checkpoint, save_weights
-from flowmatch_mnist.generate import Sampler
-from flowmatch_mnist.models import newest_checkpoint
-from flowmatch_mnist.module import FlowMatching
-from flowmatch_mnist.saving import CheckpointFiles, SaveLast
-from flowmatch_mnist.unet import UNet
+from flowmatch_mnist.data.batches import Batches
+from flowmatch_mnist.data.digits import MNISTDataModule
+from flowmatch_mnist.networks.unet import UNet
+from flowmatch_mnist.sampling.generate import Sampler
+from flowmatch_mnist.sampling.weights import newest_checkpoint
+from flowmatch_mnist.support.errors import UserError
+from flowmatch_mnist.support.files import damage, load_checkpoint, load_weights, save_checkpoint, save_weights
+from flowmatch_mnist.training.drawing import DrawSamples
+from flowmatch_mnist.training.ema import EMA
+from flowmatch_mnist.training.module import FlowMatching
+from flowmatch_mnist.training.saving import CheckpointFiles, SaveLast
 
 
 class KeepAll(CheckpointFiles):
@@ -280,7 +282,7 @@ def test_a_step_that_is_not_finite_stops_the_run_with_a_checkpoint_from_before_i
 def test_or_is_left_out(tmp_path, data_dir, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     trainer, module, data, *_ = make(tmp_path, data_dir, CheckpointFiles())
-    module.on_non_finite = "skip"
+    module.gradients.on_non_finite = "skip"
     trainer.callbacks.insert(0, Explode())
     trainer.fit(module, data)
     assert capsys.readouterr().out.count("step 4 is not finite") == 1

@@ -6,8 +6,8 @@ import pytest
 import torch
 from oracle import MEAN, SPREAD, Gaussian
 
-from flowmatch_mnist.paths import PATHS
-from flowmatch_mnist.solvers import ONE_STEP, SOLVERS, time_grid, trajectory
+from flowmatch_mnist.flow.paths import PATHS
+from flowmatch_mnist.flow.solvers import ONE_STEP, SOLVERS, time_grid, trajectory
 
 STRAIGHT = PATHS["linear"]
 velocity = Gaussian(STRAIGHT, "velocity")

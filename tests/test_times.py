@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from flowmatch_mnist.streams import generator
-from flowmatch_mnist.times import Cosine, LogitNormal, Mode, TimeDensity, Uniform, fixed_times
+from flowmatch_mnist.flow.times import Cosine, LogitNormal, Mode, TimeDensity, Uniform, fixed_times
+from flowmatch_mnist.support.streams import generator
 
 DENSITIES = [Uniform(), LogitNormal(), LogitNormal(0.5, 0.7), Mode(1.29), Mode(-1.0), Cosine()]
 EVERY_DENSITY = pytest.mark.parametrize("density", DENSITIES, ids=lambda d: f"{type(d).__name__}{list(vars(d).values())}")

@@ -8,8 +8,8 @@ import torch
 from conftest import ROOT, assert_one_line_error, run_here
 from PIL import Image
 
-from flowmatch_mnist.generate import Samples
-from flowmatch_mnist.toy import LENGTH, CurveDataModule, curve
+from flowmatch_mnist.data.curve import LENGTH, CurveDataModule, curve
+from flowmatch_mnist.sampling.generate import Samples
 
 TOYS = {"toy": "", "toy_prompted": ", on its segment 0"}
 
@@ -49,9 +49,10 @@ def test_ddpm_trains_and_draws_by_ancestral_sampling(tmp_path, data_dir):
 
 
 def measure(data, points, labels):
-    figures = data.measure(Samples(points, labels, 0), "test", torch.device("cpu"))
-    assert {figure.name: figure.real for figure in figures} == {"distance to the curve": 0, "on its segment": 1}
-    return {figure.name: figure.value for figure in figures}
+    score = data.problem.scorer(data.real("val"), data.real("train"), torch.device("cpu"))
+    measurements = score(Samples(points, labels, 0))
+    assert {m.name: m.baseline for m in measurements} == {"distance to the curve": 0, "on its segment": 1}
+    return {m.name: m.value for m in measurements}
 
 
 def test_points_lie_on_their_segment_of_the_curve():
@@ -74,7 +75,7 @@ def test_the_network_sees_standard_noise_and_the_picture_the_plane():
     data.setup("fit")
     x0, x1, y = data.on_after_batch_transfer((curve(torch.tensor([LENGTH])), torch.tensor([0])), 0)
     assert x0.shape == x1.shape == (1, 2) and y.tolist() == [0]
-    torch.testing.assert_close(data.finish(x1), curve(torch.tensor([LENGTH])))
+    torch.testing.assert_close(data.problem.units.decode(x1), curve(torch.tensor([LENGTH])))
     torch.testing.assert_close(x1[0, 0], torch.tensor(LENGTH / 2))
 
 

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flowmatch_mnist.errors import UserError
-from flowmatch_mnist.models import PRETRAINED, take_up
-from flowmatch_mnist.unet import ResidualBlock, SelfAttention, UNet
+from flowmatch_mnist.networks.unet import ResidualBlock, SelfAttention, UNet
+from flowmatch_mnist.sampling.weights import PRETRAINED, warm_start
+from flowmatch_mnist.support.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -57,9 +57,9 @@ def test_one_group_normalises_all_channels_together():
 
 def test_weights_trained_with_other_groups_are_refused_though_their_shapes_fit():
     shape = ((24, 64, 128), (1, 2, 2), (False, False, True))
-    take_up(UNet(*shape, dropout=0.1), PRETRAINED["mnist"])
+    warm_start(UNet(*shape, dropout=0.1), PRETRAINED["mnist"])
     with pytest.raises(UserError, match="groups"):
-        take_up(UNet(*shape, groups=1), PRETRAINED["mnist"])
+        warm_start(UNet(*shape, groups=1), PRETRAINED["mnist"])
 
 
 def test_attention_mixes_the_places_as_pytorch_does():

@@ -6,10 +6,10 @@ import pytest
 import torch
 from oracle import Gaussian
 
-from flowmatch_mnist.convert import PREDICTIONS, target
-from flowmatch_mnist.paths import PATHS
-from flowmatch_mnist.times import Cosine, LogitNormal, Mode, Uniform
-from flowmatch_mnist.weighting import WEIGHTINGS, effective_weight, loss_weight
+from flowmatch_mnist.flow.paths import PATHS
+from flowmatch_mnist.flow.predictions import PREDICTIONS, target
+from flowmatch_mnist.flow.times import Cosine, LogitNormal, Mode, Uniform
+from flowmatch_mnist.flow.weighting import WEIGHTINGS, effective_weight, loss_weight
 
 LOG_SNR = torch.linspace(-8, 8, 33, dtype=torch.float64)
 

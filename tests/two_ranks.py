@@ -3,7 +3,7 @@
 import torch
 from lightning.pytorch import Callback
 
-from flowmatch_mnist import cli
+from flowmatch_mnist.training import cli
 
 
 class Witness(Callback):

@@ -1,0 +1,1 @@
+"""The data modules, which draw the noise of each batch."""

@@ -1,0 +1,132 @@
+"""The first lesson: points of the plane that flow from noise onto the curve y = sin x, with or without a prompt.
+
+Everything else is as with digits: the same path, module, solvers and callbacks. Only the data and the network are small enough
+to see through.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowmatch_mnist.data.pairs import PairsDataModule
+from flowmatch_mnist.evaluation.metrics import Measurement
+from flowmatch_mnist.evaluation.problems import Labelled, Problem, Scorer
+from flowmatch_mnist.flow.couplings import CouplingName
+from flowmatch_mnist.sampling.generate import Samples
+from flowmatch_mnist.sampling.units import UNITS
+from flowmatch_mnist.support import streams
+
+LENGTH = 4 * math.pi
+
+
+def curve(x: Tensor) -> Tensor:
+    """The points (x, sin x) of the curve: x (N,) in [0, 4 pi] -> (N, 2)."""
+    return torch.stack([x, x.sin()], dim=1)
+
+
+class Curve(Problem):
+    """Points of the plane on y = sin x, from 0 to 4 pi.
+
+    Args:
+        classes: into how many equal parts, by x, the curve is cut; a label picks the part.
+    """
+
+    shape = (2,)
+    units = UNITS["plane"]
+    kind = "points"
+    headlines = ("quality/distance to the curve",)
+
+    def __init__(self, classes: int = 1) -> None:
+        self.classes = classes
+
+    def segment(self, x: Tensor) -> Tensor:
+        """The class whose part of the curve lies over x: (N,) -> int64 (N,)."""
+        return (x * self.classes / LENGTH).long().clamp(0, self.classes - 1)
+
+    def scorer(self, held_out: Labelled, training: Labelled, device: torch.device) -> Scorer:
+        """What measures the distance to the curve itself; it has no need of data."""
+        return self.measure
+
+    def measure(self, samples: Samples) -> list[Measurement]:
+        """Mean distance to the curve, and the fraction of points whose nearest point of the curve is on their segment."""
+        x = torch.linspace(0, LENGTH, 4001)
+        distance, nearest = torch.cdist(samples.values, curve(x)).min(dim=1)
+        measurements = [Measurement("distance to the curve", distance.mean().item(), baseline=0.0)]
+        if self.classes > 1:
+            right = self.segment(x[nearest]) == samples.labels
+            measurements.append(Measurement("on its segment", right.double().mean().item(), baseline=1.0))
+        return measurements
+
+    def pictures(self, samples: Samples) -> dict[str, Tensor]:
+        """Noise, target and samples on the left; on the right the trajectories of some of the points."""
+        # Imported where it is used: it takes a while, and training digits has no need of it.
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+        colours = samples.labels.numpy() if self.classes > 1 else "tab:blue"
+        styles = {"c": colours, "cmap": "tab10" if self.classes > 1 else None, "s": 4}
+        # The axes keep their shape, and would push their titles out.
+        figure = Figure(figsize=(12, 4), dpi=100, layout=ConstrainedLayoutEngine(h_pad=0.1))
+        canvas = FigureCanvasAgg(figure)
+        left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+        x = torch.linspace(0, LENGTH, 400)
+        for axes in (left, right):
+            axes.plot(*curve(x).T.numpy(), color="black", linewidth=0.8, label="target")
+            axes.set_aspect("equal")
+        if samples.states is not None:
+            noise = samples.states[0].numpy()
+            left.scatter(noise[:, 0], noise[:, 1], s=2, color="lightgrey", label="noise")
+            shown = samples.states[:, torch.linspace(0, len(noise) - 1, min(len(noise), 150)).long()].numpy()
+            right.plot(shown[..., 0], shown[..., 1], color="grey", linewidth=0.4)
+        left.scatter(*samples.values.T.numpy(), label="samples", **styles)
+        right.scatter(*samples.values.T.numpy(), **styles)
+        left.set_title("from noise to the curve")
+        right.set_title("the ways there")
+        left.legend(loc="lower left")
+        canvas.draw()
+        return {"curve": torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy())}
+
+
+class CurveDataModule(PairsDataModule):
+    """Points spread evenly, by x, over y = sin x from 0 to 4 pi.
+
+    Args:
+        prompted: whether a label 0 to 9 picks one tenth of the curve; otherwise there is one class, the whole.
+        samples: how many points to train on; a tenth as many are held out for validation, and for test.
+        batch_size: points per step and process.
+        eval_batch_size: points per step of validation and test, shared between the processes.
+        predict_per_class: how many points of each class `predict` draws.
+        coupling: which noise of a batch is paired with which of its points; see `couplings`.
+        seed: of the noise and of the data order; the command line sets it from `seed_everything`.
+        num_workers: processes that cut training batches ahead of time; for data in memory, 0 is fastest.
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        prompted: bool = False,
+        samples: int = 50_000,
+        batch_size: int = 500,
+        eval_batch_size: int = 1000,
+        predict_per_class: int = 200,
+        coupling: CouplingName = "independent",
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        self.curve = Curve(10 if prompted else 1)
+        super().__init__(self.curve, batch_size, eval_batch_size, predict_per_class, coupling, seed, num_workers)
+        if samples < max(10, batch_size):
+            raise ValueError(f"samples must be at least 10 and the batch size of {batch_size}, got {samples}")
+        self.samples = samples
+
+    def setup(self, stage: str) -> None:
+        """Draw the points, the same in every run."""
+        for split, count in (("train", self.samples), ("val", self.samples // 10), ("test", self.samples // 10)):
+            x = LENGTH * torch.rand(count, generator=streams.generator("cpu", "curve", split))
+            points = (curve(x), self.curve.segment(x))
+            self.splits[split] = points if split == "train" else (*points, self.fixed_noise(split, count))

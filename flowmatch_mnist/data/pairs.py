@@ -1,0 +1,150 @@
+"""The pairs of noise and data: what every data module yields, and where the noise of each batch is drawn."""
+
+from itertools import count
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from torch import Tensor
+
+from flowmatch_mnist.data.batches import Batches
+from flowmatch_mnist.evaluation.problems import Labelled, Problem
+from flowmatch_mnist.flow.couplings import COUPLINGS, CouplingName
+from flowmatch_mnist.flow.paths import PathName
+from flowmatch_mnist.sampling.generate import draw_noise
+from flowmatch_mnist.support import streams
+
+Pairs = tuple[Tensor, Tensor, Tensor]
+"""(x0, x1, y): noise and data (B, *shape), labels int64 (B,)."""
+
+
+def place_of(trainer: Trainer) -> streams.Place:
+    """The place of the batch that the trainer is at, the same from its transfer to the device to the end of its step.
+
+    With gradient accumulation it counts batches where `trainer.global_step` counts optimizer steps, so that no two batches
+    share a key.
+    """
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    return streams.Place(progress.total.processed, trainer.global_rank, trainer.world_size)
+
+
+class PairsDataModule(LightningDataModule):
+    """Yields the pairs (x0, x1, y) of noise and data.
+
+    A subclass says in `setup` what the splits are: "train" is (data, labels), "val" and "test" are (data, labels, fixed noise),
+    and the fixed noise of dequantisation if there is any.
+
+    Args:
+        problem: what the data are.
+        batch_size: training samples per step and process.
+        eval_batch_size: samples per step of validation and test, shared between the processes.
+        predict_per_class: how many samples of each class `predict` draws.
+        coupling: which noise of a batch (of each process's share) is paired with which of its data; see `couplings`.
+        seed: of the noise and of the data order; the command line sets it from `seed_everything`.
+        num_workers: processes that cut training batches ahead of time; for data in memory, 0 is fastest.
+
+    Attributes:
+        splits: the tensors of "train", "val" and "test", once `setup` has read them.
+        path: the one path from noise to data that the pairs can be used with; None for any.
+        dequantize: whether grey levels get noise, see `pixels.Pixels`.
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+
+    path: PathName | None = None
+    dequantize = False
+
+    def __init__(
+        self,
+        problem: Problem,
+        batch_size: int,
+        eval_batch_size: int,
+        predict_per_class: int,
+        coupling: CouplingName = "independent",
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+        if min(batch_size, eval_batch_size, predict_per_class) < 1:
+            raise ValueError(
+                "batch sizes and predict_per_class must be at least 1, got "
+                f"batch_size {batch_size}, eval_batch_size {eval_batch_size}, predict_per_class {predict_per_class}"
+            )
+        self.problem = problem
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.predict_per_class = predict_per_class
+        self.couple = COUPLINGS[coupling]
+        self.seed = seed
+        self.num_workers = num_workers
+        self.splits: dict[str, tuple[Tensor, ...]] = {}
+        self._untrained_batches = count()
+
+    def encode(self, data: Tensor, u: Tensor | None = None) -> Tensor:
+        """Data as the splits hold them, with dequantisation's noise if any, as the x1 (B, *shape) that the network sees."""
+        return self.problem.units.encode(data, u)
+
+    def real(self, split: str) -> Labelled:
+        """The real data and labels of a split, in their units: what samples are scored beside."""
+        data, labels, *_ = self.splits[split]
+        return data, labels
+
+    def fixed_noise(self, split: str, samples: int) -> Tensor:
+        """The noise of an evaluation, the same in every epoch and run: float32 (samples, *shape)."""
+        return torch.randn(samples, *self.problem.shape, generator=streams.generator("cpu", "fixed noise", split))
+
+    def train_dataloader(self) -> Batches:
+        """Batches (data, labels) in an order that is a function of (seed, epoch)."""
+        rank, world_size = self._place
+        return Batches(
+            *self.splits["train"],
+            batch_size=self.batch_size * world_size,
+            rank=rank,
+            world_size=world_size,
+            seed=self.seed,
+            epoch=lambda: self.trainer.current_epoch if self.trainer else 0,
+            drop_last=True,
+            num_workers=self.num_workers,
+        )
+
+    def val_dataloader(self) -> Batches:
+        """Batches (data, labels, fixed noise), always in the same order."""
+        return self._in_order(*self.splits["val"])
+
+    def test_dataloader(self) -> Batches:
+        """Batches (data, labels, fixed noise), always in the same order."""
+        return self._in_order(*self.splits["test"])
+
+    def predict_dataloader(self) -> Batches:
+        """Batches (noise, labels, numbers): the classes in turn, with the noise that `sample.py` would give them."""
+        labels = torch.arange(self.problem.classes).repeat(self.predict_per_class)
+        noise = draw_noise(len(labels), self.problem.shape, streams.generator("cpu", self.seed, "sampling"))
+        return self._in_order(noise, labels, torch.arange(len(labels)))
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """On the batch's device: encode the data and pair them with noise.
+
+        A training batch gets noise of its own, a function of (seed, step) and of the places of its samples in the global batch;
+        a batch that brings its own keeps it.
+        """
+        if self.trainer is not None and self.trainer.predicting:
+            return batch
+        data, y, *fixed = batch
+        if fixed:
+            return fixed[0].float(), self.encode(data, *fixed[1:]), y
+        place = place_of(self.trainer) if self.trainer else streams.Place(next(self._untrained_batches))
+        u = place.uniform(data.shape, data.device, self.seed, "dequantization") if self.dequantize else None
+        x1 = self.encode(data, u)
+        return self.couple(place.normal(x1.shape, x1.device, self.seed, "noise"), x1, y), x1, y
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        """(rank, number of processes)."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _in_order(self, *tensors: Tensor) -> Batches:
+        rank, world_size = self._place
+        return Batches(*tensors, batch_size=self.eval_batch_size, rank=rank, world_size=world_size)

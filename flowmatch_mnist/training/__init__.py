@@ -1,0 +1,1 @@
+"""Lightning: the module, its callbacks, the files of a run, and the command line."""

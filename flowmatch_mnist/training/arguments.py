@@ -1,0 +1,59 @@
+"""What may be left out of a command line, and which run a checkpoint belongs to."""
+
+import re
+from pathlib import Path
+
+from flowmatch_mnist.sampling.weights import newest_checkpoint
+
+RUNS = Path("runs")
+DEFAULT_CONFIG = Path("configs/mnist.yaml")
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+
+
+def run_folder(checkpoint: Path) -> Path | None:
+    """The run `.../<name>/version_<n>` whose checkpoint this is, or None for a file that lies elsewhere."""
+    folder = checkpoint.parent.parent  # not made absolute: what ModelCheckpoint kept is for the folder as it was given
+    return folder if checkpoint.parent.name == "checkpoints" and re.fullmatch(r"version_\d+", folder.name) else None
+
+
+def complete(arguments: list[str]) -> list[str]:
+    """Fill in what may be left out of a command line: `fit`, and the config. Configs come first, other options overrule them.
+
+    Without a config, a checkpoint's run brings its own; otherwise it is `configs/mnist.yaml`.
+    """
+    if arguments[:1] in (["-h"], ["--help"]):
+        return arguments
+    if not arguments or arguments[0] not in SUBCOMMANDS:
+        arguments = ["fit", *arguments]
+    configs: list[str] = []
+    others: list[str] = []
+    rest = iter(arguments[1:])
+    for argument in rest:
+        if argument in ("-c", "--config"):
+            configs += ["--config", next(rest, "")]
+        else:
+            (configs if argument.startswith("--config=") else others).append(argument)
+    if configs:
+        return [arguments[0], *configs, *others]
+    config = DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else Path(__file__).resolve().parents[2] / DEFAULT_CONFIG
+    checkpoint = option(arguments, "--ckpt_path")
+    if checkpoint is not None:
+        folder = run_folder(find_checkpoint(checkpoint, option(arguments, "--name") or "*"))
+        if folder is not None and (folder / "config.yaml").is_file():
+            config = folder / "config.yaml"
+    return [arguments[0], "--config", str(config), *others]
+
+
+def option(arguments: list[str], name: str) -> str | None:
+    """The value given to an option, as `--name value` or `--name=value`."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == name:
+            return following
+        if argument.startswith(name + "="):
+            return argument.removeprefix(name + "=")
+    return None
+
+
+def find_checkpoint(wanted: str, name: str) -> Path:
+    """A checkpoint by its path; or `last` or `best`, that of the newest run called `name`."""
+    return newest_checkpoint(RUNS, name, f"{wanted}.ckpt") if wanted in ("last", "best") else Path(wanted)

@@ -1,0 +1,184 @@
+"""The command line of `train.py`: Lightning's, with this project's callbacks, folders and error messages."""
+
+import logging
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from flowmatch_mnist.data import curve, digits, reflow  # noqa: F401  so that configs and options can name their data modules
+from flowmatch_mnist.data.pairs import PairsDataModule
+from flowmatch_mnist.sampling.weights import KEY, read_checkpoint
+from flowmatch_mnist.support.errors import UserError, exit_on_error
+from flowmatch_mnist.training.arguments import RUNS, complete, find_checkpoint, option, run_folder
+from flowmatch_mnist.training.config import LogConfig
+from flowmatch_mnist.training.console import Bar, Report
+from flowmatch_mnist.training.drawing import DrawSamples, WriteSamples
+from flowmatch_mnist.training.ema import EMA
+from flowmatch_mnist.training.evaluation import Evaluate
+from flowmatch_mnist.training.internals import slurm_requeues
+from flowmatch_mnist.training.module import FlowMatching
+from flowmatch_mnist.training.parser import ConfigParser, accept_older_configs, explain
+from flowmatch_mnist.training.saving import CheckpointFiles, SaveLast, end_together
+from flowmatch_mnist.training.tensorboard import Board
+
+
+def native_precision(accelerator: str) -> str:
+    """bf16 mixed precision where the hardware computes in it, else 32 bits: emulated bf16 is far slower than fp32."""
+    if accelerator != "cpu" and torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_tile"))
+    return "bf16-mixed" if native else "32-true"
+
+
+class CLI(LightningCLI):
+    """Lightning's command line for `FlowMatching` on MNIST.
+
+    Runs go to `runs/<name>/version_<n>/`. `--ckpt_path last` (or `best`) is the newest run of that name, and `fit` goes on in
+    that run's folder; `fit` from the path of a checkpoint starts a new version.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--name", type=str, default="mnist", help="The run's name: it goes to runs/<name>/version_<n>/.")
+        parser.add_lightning_class_args(EMA, "ema")
+        parser.add_lightning_class_args(DrawSamples, "sampling")
+        parser.add_lightning_class_args(Evaluate, "evaluation")
+        parser.add_lightning_class_args(SaveLast, "saving")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "loss/val",
+                "checkpoint.filename": "best",
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+        for target in ("model.seed", "data.init_args.seed"):
+            parser.link_arguments("seed_everything", target, compute_fn=int)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        # Held back, since Lightning would now take settings from it: a checkpoint may come from a stranger.
+        settings = self.config[self.config.subcommand]
+        self.checkpoint, settings.ckpt_path = settings.ckpt_path, None
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        self.folder: Path | None = None
+        if config.trainer.precision is None:
+            config.trainer.precision = native_precision(config.trainer.accelerator)
+        config.weights_only = True
+        if self.checkpoint is not None:
+            path = find_checkpoint(self.checkpoint, config.name)
+            stored = read_checkpoint(path)
+            self.stored, self.stored_step = stored[KEY], stored.get("global_step")
+            if self.subcommand != "fit" or self.checkpoint in ("last", "best"):
+                self.folder = run_folder(path)
+            config.ckpt_path = str(path)
+        elif self.subcommand != "fit":
+            raise UserError(f"{self.subcommand} needs a trained model; name it with --ckpt_path (a file, or last, or best)")
+        if self.subcommand != "fit":
+            self.save_config_callback = None
+        if self.subcommand in ("validate", "test"):
+            config.verbose = False  # Evaluate prints a table of its own
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, RuntimeError, MemoryError, MisconfigurationException) as error:
+            raise UserError(f"{explain(error)[:600]}; mend the config or the command line") from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        settings = self.config_init[self.subcommand].trainer
+        # Report is first, so that its clock stops before others take their time.
+        kwargs["callbacks"] = [Report(), *(settings.callbacks or [])]
+        callbacks: list[Callback] = [WriteSamples()]
+        if settings.enable_progress_bar is not False:
+            callbacks.append(Bar())
+        self.trainer_defaults["callbacks"] = callbacks
+        kwargs["plugins"] = [CheckpointFiles(), *(settings.plugins or [])]
+        if settings.logger in (None, True):
+            save_dir, name, version = RUNS, self.config[self.subcommand].name, None
+            # What a killed run logged after its last checkpoint is logged again: the first time shall not be seen.
+            purge: dict[str, Any] = {}
+            if self.folder is not None:
+                save_dir, name, version = (
+                    self.folder.parent.parent,
+                    self.folder.parent.name,
+                    int(self.folder.name.removeprefix("version_")),
+                )
+                purge = {"purge_step": self.stored_step} if self.subcommand == "fit" else {}
+            kwargs["logger"] = Board(save_dir, name, version, default_hp_metric=False, **purge)
+        return super().instantiate_trainer(**kwargs)
+
+    def after_instantiate_classes(self) -> None:
+        if not slurm_requeues(self.trainer):
+            signal.signal(signal.SIGTERM, end_together(self.trainer))
+        checkpoint = self.config[self.subcommand].ckpt_path
+        self.model.adopt(self.datamodule)
+        wanted = self.model.flow.describe(self.model.sampler)
+        if checkpoint is not None:
+            for key in ("network", "arguments", "path", "prediction", "units"):
+                stored = self.stored.get(key)
+                if key == "arguments" and isinstance(stored, dict):
+                    stored = {**wanted[key], **stored}  # what an older file does not mention is as by default
+                if stored != wanted[key]:
+                    raise UserError(
+                        f"{checkpoint} holds a model with {key} {self.stored.get(key)}, but the config asks for {wanted[key]}; "
+                        "give the --config it was trained with, or none"
+                    )
+            self.model.start = None  # the checkpoint overrules those weights, and their file may be gone by now
+            # Not in the config that is kept: a run from it should start afresh.
+            self.config[self.subcommand].ckpt_path = None
+            if self.trainer.is_global_zero:
+                print(f"{'going on from' if self.subcommand == 'fit' else 'using'} {checkpoint}", flush=True)
+        if self.subcommand == "fit" and self.trainer.is_global_zero:
+            size = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
+            print(
+                f"training {wanted['network']} ({size:.2f} M parameters) on {self.trainer.world_size} x "
+                f"{self.trainer.strategy.root_device.type} in {self.trainer.precision}, "
+                f"into {self.trainer.log_dir or 'no folder'}",
+                flush=True,
+            )
+
+
+def main() -> None:
+    """Run the command line; mistakes end with one line and status 2."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # says so when a compiler for GPUs finds none
+    log = logging.getLogger("flowmatch_mnist")
+    log.addHandler(logging.StreamHandler())
+    log.setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", message=".*treespec.*LeafSpec.*")  # Lightning's own, of PyTorch's newest versions
+    warnings.filterwarnings("ignore", message=".*Grad strides do not match bucket view strides.*")  # of 1x1 convolutions
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")  # when a run goes on
+    torch.set_float32_matmul_precision("high")
+    accept_older_configs()
+    with exit_on_error():
+        try:
+            sys.argv[1:] = complete(sys.argv[1:])
+            CLI(
+                FlowMatching,
+                PairsDataModule,
+                subclass_mode_data=True,
+                parser_class=ConfigParser,
+                save_config_callback=LogConfig,
+                save_config_kwargs={"save_to_log_dir": False},
+                seed_everything_default=0,
+                trainer_defaults={"enable_model_summary": False, "num_sanity_val_steps": 0},
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+            )
+        except MisconfigurationException as error:
+            raise UserError(error) from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{option(sys.argv, '--config')} is no text, so it is no config; name another") from error

@@ -1,0 +1,44 @@
+"""The config of a run, kept beside its checkpoints and shown by its loggers."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+
+from flowmatch_mnist.support.files import replacing
+from flowmatch_mnist.training.tensorboard import Value, log_run
+
+NOT_LEARNED = ("channels_last", "compile", "data_dir", "eval_batch_size", "num_workers", "predict_per_class")
+"""Settings that do not change what is learned."""
+
+
+class LogConfig(SaveConfigCallback):
+    """Keeps the resolved config beside the checkpoints, and hands it to the loggers."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Learn the run's folder, which the processes agree on together."""
+        self.folder = trainer.log_dir
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it. Lightning calls this in one process."""
+        if self.folder:
+            with replacing(Path(self.folder) / "config.yaml") as temporary:
+                self.parser.save(self.config, temporary, skip_none=False, overwrite=True, multifile=False)
+        text = self.parser.dump(self.config, skip_none=False)
+        headlines = trainer.datamodule.problem.headlines  # type: ignore[attr-defined]
+        log_run(trainer, text, hyperparameters(vars(self.config.as_flat())), headlines)
+
+
+def hyperparameters(config: dict[str, Any]) -> dict[str, Value]:
+    """What tells one run from another, of a flat config: by short names, and in values that TensorBoard can sort by."""
+    chosen: dict[str, Value] = {}
+    for key, value in config.items():
+        group, _, rest = key.partition(".")
+        if group in ("seed_everything", "model", "ema", "data") or key in ("trainer.max_epochs", "trainer.max_steps"):
+            name = ".".join(part for part in rest.split(".") if part not in ("init_args", "class_path")) or group
+            name = f"ema.{name}" if group == "ema" else name  # the learning rate has a decay too
+            if value is not None and name not in NOT_LEARNED:
+                chosen[name] = value if isinstance(value, bool | int | float) else str(value).rsplit("flowmatch_mnist.", 1)[-1]
+    return chosen

@@ -1,0 +1,95 @@
+"""What the terminal shows of a training: a progress bar, and a line for each validation."""
+
+import time
+from typing import Any, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from rich.progress import ProgressColumn, Task
+from rich.text import Text
+
+from flowmatch_mnist.training.module import FlowMatching
+from flowmatch_mnist.training.steps import is_logged
+
+
+class Description(ProgressColumn):
+    """What a bar is of, without the "/-2" that Lightning shows where the passes over the data are not limited."""
+
+    def render(self, task: Task) -> Text:
+        """The words before the bar."""
+        return Text.from_markup(task.description.replace("/-2", ""), style="progress.description")
+
+
+class Bar(RichProgressBar):
+    """Lightning's progress bar, with descriptions of its own."""
+
+    def configure_columns(self, trainer: Trainer) -> list[Any]:
+        """The columns: Lightning's, but for the first."""
+        _, *others = super().configure_columns(trainer)
+        return [Description(), *others]
+
+
+class Report(Callback):
+    """Samples per second into TensorBoard, and one line in the terminal for each validation.
+
+    The rate is of training alone. Its clock stops after each logged step and starts with the next batch, so that validation,
+    drawing and the first step (which may compile) do not count.
+    """
+
+    def __init__(self) -> None:
+        self._begun = 0.0
+        self._before = 0.0  # seconds of the parts that this run goes on from
+        self._mark: float | None = None
+        self._samples = 0
+        self._rate = ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """How long the run has taken so far."""
+        return {"seconds": self._seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Count on from there."""
+        self._before = state_dict["seconds"]
+
+    @property
+    def _seconds(self) -> float:
+        return self._before + time.perf_counter() - self._begun
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of the whole run."""
+        self._begun = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock of the rate, if it stands still."""
+        if self._mark is None:
+            self._mark, self._samples = time.perf_counter(), 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the batch; in a step that is logged, log the rate and stop the clock."""
+        assert self._mark is not None
+        self._samples += len(batch[-1]) * trainer.world_size
+        if trainer.global_step == 1:
+            self._mark = None
+        elif is_logged(trainer, trainer.global_step):
+            rate = self._samples / (time.perf_counter() - self._mark)
+            pl_module.log("speed/samples_per_second", rate)
+            self._rate = f"{rate:.0f} samples/s, "
+            self._mark = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock of the rate."""
+        self._mark = None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the line."""
+        if not trainer.is_global_zero or trainer.sanity_checking or not self._begun:
+            return
+        train, val = cast(FlowMatching, pl_module).last_loss, trainer.callback_metrics["loss/val"]
+        minutes, seconds = divmod(round(self._seconds), 60)
+        print(
+            f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}: "
+            f"train loss {train:.4f}, val loss {val:.4f}, {self._rate}{minutes} min {seconds:02d} s",
+            flush=True,
+        )

@@ -1,0 +1,87 @@
+"""Samples to look at: pictures while training, and the files of `predict`."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+from flowmatch_mnist.images.pictures import save_npz, save_png
+from flowmatch_mnist.sampling.generate import Samples, generate
+from flowmatch_mnist.training.distributed import gather, interleave
+from flowmatch_mnist.training.ema import averaged_flow
+from flowmatch_mnist.training.module import FlowMatching
+from flowmatch_mnist.training.periodic import Periodic
+from flowmatch_mnist.training.steps import last_step
+from flowmatch_mnist.training.tensorboard import log_picture
+
+
+class DrawSamples(Periodic):
+    """Draws, with the averaged weights, samples of every class: pictures and figures, into TensorBoard and as PNG files.
+
+    The noise is the same every time, so that the eye can follow each sample as it forms. What the pictures show is for the
+    problem to say. Files go to `samples/` in the run's folder, beside `checkpoints/`. One process draws; the others wait for it
+    at their next step.
+
+    Args:
+        every_n_epochs: how often to draw, in epochs; 0 is never.
+        every_n_steps: how often to draw, in optimizer steps; 0 is never.
+        rows: samples of each class.
+        seed: of the noise.
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+
+    def __init__(self, every_n_epochs: int = 1, every_n_steps: int = 0, rows: int = 8, seed: int = 0) -> None:
+        super().__init__(every_n_epochs, every_n_steps)
+        if rows < 1:
+            raise ValueError(f"DrawSamples needs rows of at least 1, got {rows}")
+        self.rows = rows
+        self.seed = seed
+        self.folder: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Learn the run's folder, which the processes agree on together: later, only one of them would ask."""
+        self.folder = Path(trainer.log_dir) if trainer.log_dir else None
+
+    def act(self, trainer: Trainer, module: FlowMatching) -> None:
+        """Draw now, log the pictures, and write the files."""
+        if not trainer.is_global_zero:
+            return
+        problem = trainer.datamodule.problem  # type: ignore[attr-defined]
+        samples = generate(
+            averaged_flow(trainer, module),
+            torch.arange(problem.classes).repeat(self.rows),
+            module.sampler,
+            seed=self.seed,
+            keep_states=True,
+        )
+        for name, picture in problem.pictures(samples).items():
+            if self.folder is not None:
+                save_png(picture, self.folder / "samples" / f"{name}-{trainer.global_step:06d}.png")
+            log_picture(trainer, f"samples/{name}", picture, last_step(trainer))
+
+
+class WriteSamples(BasePredictionWriter):
+    """Writes what `predict` drew, arrays as `predictions.npz` and pictures beside them, in the run's folder."""
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="epoch")
+
+    def write_on_epoch_end(self, trainer: Trainer, pl_module: LightningModule, predictions: Any, batch_indices: Any) -> None:
+        """Gather the shares of all processes, and write them in the order of the data."""
+        shares = gather(trainer, predictions)
+        folder = Path(trainer.log_dir or ".")  # asked by all processes, since they agree on it together
+        if not trainer.is_global_zero:
+            return
+        problem = trainer.datamodule.problem  # type: ignore[attr-defined]
+        batches = [interleave(share) for batch in zip(*shares, strict=True) for share in zip(*batch, strict=True)]
+        values, labels = torch.cat(batches[0::2]).cpu(), torch.cat(batches[1::2]).cpu()
+        written = [folder / "predictions.npz"]
+        save_npz(written[0], **{problem.kind: values}, labels=labels)
+        for name, picture in problem.pictures(Samples(values, labels, evaluations=0)).items():
+            written.append(folder / f"predictions-{name}.png")
+            save_png(picture, written[-1])
+        print(f"wrote {len(values)} samples: {', '.join(map(str, written))}")

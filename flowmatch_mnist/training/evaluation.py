@@ -1,0 +1,174 @@
+"""Quality, watched: samples are drawn and scored beside real data, now and then while training, and thoroughly after it."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+
+from flowmatch_mnist.data.pairs import PairsDataModule
+from flowmatch_mnist.evaluation.metrics import Measurement, table
+from flowmatch_mnist.evaluation.problems import Scorer
+from flowmatch_mnist.sampling.generate import Sampler, Samples, draw_noise, generate
+from flowmatch_mnist.support import streams
+from flowmatch_mnist.support.files import save_json
+from flowmatch_mnist.training.distributed import gather, interleave
+from flowmatch_mnist.training.ema import averaged_flow
+from flowmatch_mnist.training.module import FlowMatching
+from flowmatch_mnist.training.periodic import Periodic
+from flowmatch_mnist.training.steps import last_step
+from flowmatch_mnist.training.tensorboard import log_curve, log_scalars
+
+
+class Evaluate(Periodic):
+    """Measures samples drawn with the averaged weights, so that quality is watched, and not the loss alone.
+
+    While training it measures a few, into TensorBoard. In `validate` and `test` it measures many: prints a table, and writes
+    `metrics.json` beside the checkpoint; then a few again by other numbers of steps, as curves over the evaluations into
+    TensorBoard too. What is measured is for the problem to say. Each process draws a share of the samples, the same samples
+    whatever the number of processes; one of them measures all.
+
+    Args:
+        every_n_epochs: how often to measure while training, in epochs; 0 is never.
+        every_n_steps: how often to measure while training, in optimizer steps; 0 is never.
+        samples: how many are drawn while training, the classes in turn.
+        test_samples: how many are drawn in `validate` and `test`, the classes in turn.
+        steps: of the sampler, by which `validate` and `test` measure `samples` more each.
+        seed: of the noise.
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int = 0,
+        every_n_steps: int = 0,
+        samples: int = 1000,
+        test_samples: int = 10_000,
+        steps: Sequence[int] = (1, 2, 4, 8, 16),
+        seed: int = 0,
+    ) -> None:
+        super().__init__(every_n_epochs, every_n_steps)
+        if min(samples, test_samples) < 2:
+            raise ValueError("Evaluate needs samples and test_samples of at least 2")
+        if min(steps, default=1) < 1:
+            raise ValueError(f"Evaluate needs steps of at least 1, got {list(steps)}")
+        self.samples = samples
+        self.test_samples = test_samples
+        self.steps = sorted(set(steps))
+        self.seed = seed
+        self._scorers: dict[str, Scorer] = {}
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure in `validate`."""
+        if trainer.state.fn == "validate":
+            self.report(trainer, cast(FlowMatching, pl_module), "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure in `test`."""
+        self.report(trainer, cast(FlowMatching, pl_module), "test")
+
+    def act(self, trainer: Trainer, module: FlowMatching) -> None:
+        """Measure a few samples beside the validation data, log the measurements and print the most telling."""
+        samples = self.sample(trainer, module, module.sampler, self.samples)
+        if not trainer.is_global_zero:
+            return
+        measurements = self.measure(trainer, module, samples, "val")
+        log_scalars(trainer, {m.tag: m.score for m in measurements}, last_step(trainer))
+        words = [f"{m.title} {m.score:.3f}" for m in measurements if m.main]
+        print(f"step {trainer.global_step}: {len(samples.labels)} samples, {', '.join(words[:4])}", flush=True)
+
+    def report(self, trainer: Trainer, module: FlowMatching, split: Literal["val", "test"]) -> None:
+        """Measure many samples beside the split, print the table and write the file."""
+        started = time.perf_counter()
+        samples = self.sample(trainer, module, module.sampler, self.test_samples)
+        drawn = time.perf_counter()
+        by_steps = self.by_steps(trainer, module, split)
+        if not trainer.is_global_zero:
+            return
+        begun = time.perf_counter()
+        measurements = self.measure(trainer, module, samples, split)
+        seconds = {"drawing": round(drawn - started, 1), "measuring": round(time.perf_counter() - begun, 1)}
+        loss = trainer.callback_metrics[f"loss/{split}"].item()
+        classes = module.net.no_label
+        print(
+            f"{len(samples.labels):,} samples of {classes} class{'es' * (classes > 1)} in turn, "
+            f"{module.sampler.description()} (NFE {samples.evaluations}), seed {self.seed}; beside the {split} split\n"
+            f"{table(measurements)}\n{f'loss/{split}':36}{loss:10.4f}"
+        )
+        for number, point in enumerate(by_steps):
+            scores = ", ".join(f"{title} {value:.3f}" for title, value in point["figures"].items())
+            print(f"{'and' if number else f'{self.samples:,} samples'} by {point['evaluations']} evaluations: {scores}")
+        checkpoint = Path(str(trainer.ckpt_path))
+        report = checkpoint.with_name("metrics.json")
+        save_json(
+            report,
+            {
+                "checkpoint": checkpoint.name,
+                "split": split,
+                "figures": {m.name: {"samples": round(m.value, 6), "real data": round(m.baseline, 6)} for m in measurements},
+                f"loss/{split}": round(loss, 6),
+                "samples": len(samples.labels),
+                "sampler": asdict(module.sampler),
+                "evaluations": samples.evaluations,
+                "by steps": by_steps,
+                "seed": self.seed,
+                "seconds": seconds,
+                "versions": {name: version(name) for name in ("flowmatch-mnist", "torch", "lightning", "torchmetrics")},
+            },
+        )
+        print(f"wrote {report} after {seconds['drawing']:.0f} s of drawing and {seconds['measuring']:.0f} s of measuring")
+
+    def by_steps(self, trainer: Trainer, module: FlowMatching, split: Literal["val", "test"]) -> list[dict[str, Any]]:
+        """Measure a few samples by each number of steps, and log the headlines as curves over the evaluations."""
+        headlines: Sequence[str] = trainer.datamodule.problem.headlines  # type: ignore[attr-defined]
+        if not headlines or module.sampler.solver == "dopri5":  # which chooses its own steps
+            return []
+        points: list[dict[str, Any]] = []
+        for steps in self.steps:
+            samples = self.sample(trainer, module, replace(module.sampler, steps=steps), self.samples)
+            if trainer.is_global_zero:
+                measurements = self.measure(trainer, module, samples, split)
+                figures = {m.title: m.score for m in measurements if m.tag in headlines}
+                points.append({"steps": steps, "evaluations": samples.evaluations, "samples": self.samples, "figures": figures})
+        for title in points[0]["figures"] if points else []:
+            curve = {point["evaluations"]: point["figures"][title] for point in points}
+            log_curve(trainer, f"quality_by_evaluations/{title}", curve)
+        return points
+
+    def measure(self, trainer: Trainer, module: FlowMatching, samples: Samples, split: str) -> list[Measurement]:
+        """The measurements of samples beside the real data of a split, which are looked at once."""
+        data: PairsDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        if split not in self._scorers:
+            self._scorers[split] = data.problem.scorer(data.real(split), data.real("train"), module.device)
+        return self._scorers[split](samples)
+
+    def sample(self, trainer: Trainer, module: FlowMatching, sampler: Sampler, count: int) -> Samples:
+        """Draw `count` samples, a share in each process, and bring them together in every process."""
+        rank, ranks = trainer.global_rank, trainer.world_size
+        labels = torch.arange(count) % module.net.no_label
+        noise = draw_noise(count, module.net.shape, streams.generator("cpu", self.seed, "sampling"))
+        numbers = torch.arange(rank, count, ranks)
+        bar = trainer.progress_bar_callback
+        # The bar that Lightning shows is the only one the terminal can show at a time.
+        progress = bar.progress if isinstance(bar, RichProgressBar) and bar.is_enabled else None
+        task = progress.add_task("Drawing", total=len(numbers)) if progress else None
+        share = generate(
+            averaged_flow(trainer, module),
+            labels[numbers],
+            sampler,
+            seed=self.seed,
+            noise=noise[numbers],
+            numbers=numbers.tolist(),
+            on_batch=lambda drawn: progress.advance(task, drawn) if progress and task is not None else None,
+        )
+        if progress and task is not None:
+            progress.remove_task(task)
+        values, evaluations = zip(*gather(trainer, (share.values, share.evaluations)), strict=True)
+        return Samples(interleave(values), labels, max(evaluations))

@@ -1,0 +1,218 @@
+"""The LightningModule: it owns time. The data module brings pairs of noise and data; this draws t, and takes the loss.
+
+The loss itself is in `flow/loss.py`, and needs no Lightning.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from flowmatch_mnist.data.pairs import Pairs, PairsDataModule, place_of
+from flowmatch_mnist.flow.loss import FlowLoss, reduce
+from flowmatch_mnist.flow.times import fixed_times
+from flowmatch_mnist.networks.base import Network
+from flowmatch_mnist.sampling.generate import Flow, Sampler, churn_noise
+from flowmatch_mnist.sampling.units import UNITS
+from flowmatch_mnist.sampling.weights import KEY, load_teacher, warm_start, weights_path
+from flowmatch_mnist.support import streams
+from flowmatch_mnist.support.errors import UserError
+from flowmatch_mnist.training.gradients import GradientWatch
+from flowmatch_mnist.training.internals import unscale_before_clipping
+from flowmatch_mnist.training.steps import Decay, is_logged, learning_rate_factor
+
+INTERVALS = 5
+"""Into how many equal intervals of t the validation loss is split."""
+
+
+def losses_by_time(losses: Tensor, t: Tensor, first: float, last: float) -> Iterator[tuple[str, Tensor, int]]:
+    """Intervals of t from first to last, with the mean, (), of the losses (B,) at the t (B,) inside, and their number."""
+    for i in range(int(first * INTERVALS), math.ceil(last * INTERVALS)):
+        inside = (t * INTERVALS).long() == i
+        mean = losses[inside].sum() / inside.sum().clamp(min=1)
+        yield f"{i / INTERVALS:.1f} to {(i + 1) / INTERVALS:.1f}", mean, int(inside.sum())
+
+
+class FlowMatching(LightningModule):
+    """Trains a network f(x, t, y) from which follows the velocity dx/dt that carries noise to the data of class y.
+
+    Args:
+        net: the network.
+        optimizer: what makes the optimizer from the parameters.
+        warmup_steps: optimizer steps over which the learning rate rises.
+        decay: how the learning rate falls from there to the run's end.
+        sampler: how digits are drawn: by the callbacks, and by `predict`.
+        start: trained weights to begin with, a file or a name of weights in the package; by default they are drawn at random.
+        compile: whether training steps run through `torch.compile`. It takes a minute or so, and pays in longer runs.
+        channels_last: whether images and weights are laid out channels last, which suits GPUs and compiled code.
+        on_non_finite: what to do in a step whose gradients are not all finite: "stop" the run, or "skip" the step.
+        seed: of times, label dropout and the network's own dropout; the command line sets it from `seed_everything`.
+        objective: what is learned, the arguments of `flow.loss.FlowLoss`: path, prediction, times, weighting, loss, ...
+
+    Attributes:
+        last_loss: of the last training batch, (), on the device.
+
+    Raises:
+        ValueError: if a number is out of its range, or the network cannot do what is asked of it.
+    """
+
+    last_loss: Tensor
+
+    def __init__(
+        self,
+        net: Network,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        warmup_steps: int = 100,
+        decay: Decay = "cosine",
+        sampler: Sampler | None = None,
+        start: str | None = None,
+        compile: bool = False,
+        channels_last: bool = False,
+        on_non_finite: Literal["stop", "skip"] = "stop",
+        seed: int = 0,
+        **objective: Any,
+    ) -> None:
+        super().__init__()
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
+        self.net = net.to(memory_format=torch.channels_last) if channels_last else net
+        self.optimizer = optimizer
+        self.warmup_steps = warmup_steps
+        self.decay: Decay = decay
+        self.sampler = sampler or Sampler()
+        self.start = start
+        self.compiles = compile
+        self.gradients = GradientWatch(on_non_finite)
+        self.seed = seed
+        self.objective = FlowLoss(**objective)
+        self.objective.check(net)
+        self.units = UNITS["linear"]
+        self.flow.check(self.sampler)
+
+    @property
+    def flow(self) -> Flow:
+        """The network, and how to read what it puts out."""
+        return Flow(self.net, self.objective.path, self.objective.prediction, self.units)
+
+    def adopt(self, data: PairsDataModule) -> None:
+        """Take the units of the data.
+
+        Raises:
+            UserError: if the network is for other samples, or the path is not one that the pairs can be used with.
+        """
+        net, problem = self.net, data.problem
+        if net.shape != problem.shape or net.no_label != problem.classes:
+            raise UserError(
+                f"{type(net).__name__} is for {net.no_label} classes of shape {tuple(net.shape)}, but {type(data).__name__} "
+                f"has {problem.classes} of shape {tuple(problem.shape)}; mend the config"
+            )
+        if data.path not in (None, self.objective.path):
+            raise UserError(
+                f"the pairs of {type(data).__name__} are the ends of straight lines; they need the path {data.path}, "
+                f"not {self.objective.path}"
+            )
+        self.units = problem.units
+
+    def setup(self, stage: str) -> None:
+        """Learn what the data are, and load the weights to begin with. Those of a checkpoint come later, and overrule them."""
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, PairsDataModule):
+            self.adopt(data)
+        if stage == "fit" and self.start is not None:
+            warm_start(self.net, weights_path(self.start))
+
+    def on_fit_start(self) -> None:
+        """Load the teacher, if there is one, and compile in place, which leaves the names of the weights as they are."""
+        self.objective.prepare(lambda teacher: load_teacher(teacher, self.net, self.device))
+        if self.compiles:
+            self.net.compile()
+
+    def training_step(self, batch: Pairs, batch_idx: int) -> Tensor:
+        """Draw the times, and return the mean loss of the batch."""
+        x0, x1, y = batch
+        place = place_of(self.trainer)
+        t = place.share(self.objective.density.sample, len(y), self.device, self.seed, "times")
+        # What the network draws itself, for dropout, comes from PyTorch's own generators. To seed those of GPUs that are not
+        # there costs a millisecond.
+        seed = torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed
+        seed(streams.seed(self.seed, "network", place.step, place.rank))
+
+        def uniform(what: str, *shape: int) -> Tensor:
+            return place.uniform(shape, self.device, self.seed, what)
+
+        loss = self.objective(self.net, x0, x1, y, t, uniform).mean()
+        self.last_loss = loss.detach()
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the norm of the gradients, before clipping; in a step that is logged, log it, the loss and the learning rate."""
+        self._norm = norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        step = self.trainer.global_step + 1
+        if is_logged(self.trainer, step):  # to hand Lightning what it would not log costs a millisecond
+            self.log("loss/train", self.last_loss, prog_bar=True)
+            self.log("optimizer/gradient_norm", norm)
+            self.log("optimizer/learning_rate", optimizer.param_groups[0]["lr"])
+        self.gradients.look(step, norm, self.last_loss, self.parameters())
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradients as the trainer asks for; by their norm, which was just taken, and costs a millisecond on a CPU."""
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self._norm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def validation_step(self, batch: Pairs, batch_idx: int) -> None:
+        """Log the loss on fixed noise and times, over all t and by intervals of t."""
+        self._evaluate(batch, batch_idx, "val")
+
+    def test_step(self, batch: Pairs, batch_idx: int) -> None:
+        """Log the loss on the test set, as in validation."""
+        self._evaluate(batch, batch_idx, "test")
+
+    def _evaluate(self, batch: Pairs, batch_idx: int, split: str) -> None:
+        x0, x1, y = batch
+        if not len(y):
+            return  # the last of the global batches may be too small to give every process a sample
+        # The places of this process's share in the global batch, see data.batches.
+        positions = torch.arange(len(y), device=self.device) * self.trainer.world_size + self.global_rank
+        first, last = self.objective.density.support
+        t = first + (last - first) * fixed_times(batch_idx, positions)
+        # Only training goes through compiled code: another batch size, without gradients, would be compiled anew.
+        losses = reduce(self.objective.error(self.net.forward, x0, x1, y, t), "squared")
+        self.log(f"loss/{split}", losses.mean(), prog_bar=split == "val", batch_size=len(y), sync_dist=True)
+        for interval, mean, count in losses_by_time(losses, t, first, last):
+            self.log(f"loss_by_time/{split} {interval}", mean, batch_size=count, sync_dist=True)
+
+    def predict_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
+        """Draw samples: noise (B, *shape), labels (B,), and their numbers (B,) -> data in their units (B, ...), labels (B,)."""
+        x0, y, numbers = batch
+        flow, sampler = self.flow, self.sampler
+        fresh_noise = churn_noise(self.seed, numbers.tolist(), self.net.shape, self.device) if sampler.churn else None
+        *_, x1 = flow.states(flow.guided(y, sampler), x0, sampler, fresh_noise=fresh_noise)
+        return flow.units.decode(x1), y
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, with warm-up and decay of its learning rate counted in steps."""
+        optimizer = self.optimizer(self.parameters())
+        unscale_before_clipping(optimizer)
+
+        def factor(step: int) -> float:
+            # Asked for at the first step, not here: that would load the data before a resumed run has its place in them.
+            total_steps = int(self.trainer.estimated_stepping_batches) if step else 1
+            return learning_rate_factor(step, self.warmup_steps, total_steps, self.decay)
+
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say in the checkpoint what its weights are of, so that `sample.py` needs no config."""
+        checkpoint[KEY] = self.flow.describe(self.sampler)

@@ -1,0 +1,78 @@
+"""The parser of configs and options: jsonargparse's, whose complaints become one line."""
+
+import re
+import sys
+from typing import NoReturn
+
+import yaml
+from jsonargparse import get_loader, set_loader
+from lightning.pytorch.cli import LightningArgumentParser
+
+from flowmatch_mnist.data.pairs import PairsDataModule
+from flowmatch_mnist.flow.times import TimeDensity
+from flowmatch_mnist.networks.base import Network
+from flowmatch_mnist.support.errors import UserError, one_line
+from flowmatch_mnist.training.arguments import option
+
+SEE_HELP = "; see `python train.py fit --help`"
+BASES: dict[str, type[object]] = {"model.net": Network, "model.times": TimeDensity, "data": PairsDataModule}
+"""Whose subclasses a setting names."""
+
+
+MOVED = {
+    "unet": "networks.unet",
+    "mlp": "networks.mlp",
+    "times": "flow.times",
+    "muon": "training.muon",
+    "data": "data.digits",
+    "toy": "data.curve",
+    "reflow": "data.reflow",
+}
+"""Where the files are that configs from before version 0.1.0 name."""
+
+
+load_yaml = get_loader("yaml")
+
+
+def accept_older_configs() -> None:
+    """Read class paths of before version 0.1.0, as the `config.yaml` of an older run has them, as what they are now."""
+
+    def load_moved(text: str) -> object:
+        return load_yaml(
+            re.sub(r"\bflowmatch_mnist\.(\w+)(?=\.[A-Z])", lambda m: f"flowmatch_mnist.{MOVED.get(m[1], m[1])}", text)
+        )
+
+    set_loader("yaml", load_moved, (yaml.YAMLError,))
+
+
+class ConfigParser(LightningArgumentParser):
+    """A parser whose complaints are one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong, and end with status 2."""
+        what = explain(message).replace('"<unicode string>"', str(option(sys.argv, "--config")))
+        raise UserError(f"{what[:600]}{SEE_HELP}")
+
+
+def explain(message: object) -> str:
+    """What jsonargparse says of a mistake, on one line, without the types that it tried first."""
+    text = re.sub(r":\n +(?=[^\s-])", ": ", str(message).replace(SEE_HELP, ""))
+    key = ".".join(re.findall(r'Parser key "([^"]+)"', text))
+    given = next(iter(re.findall(r"(?:import path string|[Gg]ot value|Given value): (.*)", text)), "")
+    if choices := re.search(r"typing\.Literal\[(.*?)\]", text):
+        return f"there is no {key} {given!r}; choose one of {choices[1]}"
+    if key in BASES and "import path string" in text:
+        names = ", ".join(kind.__name__ for kind in subclasses(BASES[key]))
+        return f"there is no {key} {given!r}; choose one of {names}, or name a class of yours by its import path"
+    complaints = re.findall(r"^ *- (?!.*NoneType|Expected a path|Does not validate)(.*)", text, re.MULTILINE)
+    if not complaints:
+        return one_line(re.sub(r'Parser key "([^"]+)":', r"\1:", text))
+    # A value that is a whole section says nothing that the complaint does not.
+    got = f", got {given}" if complaints[0].startswith("Expected") and "(" not in given else ""
+    return one_line(f"{key}{': ' * bool(key)}{' or '.join(complaints)}{got}")
+
+
+def subclasses(base: type[object]) -> list[type[object]]:
+    """All subclasses, each before its own; sorted by module, so that the order of imports does not matter."""
+    children = sorted(base.__subclasses__(), key=lambda child: child.__module__)
+    return [kind for child in children for kind in (child, *subclasses(child))]

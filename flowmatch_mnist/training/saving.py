@@ -1,0 +1,180 @@
+"""A run that is stopped at any instant, and goes on, ends where it would have ended: what is kept, and when.
+
+Data order, noise, times and dropout are functions of the seed and of the place in the run (see `streams`), so a checkpoint
+needs no random state: weights, optimizer, schedule, averages and counters are all there is. This module writes checkpoints
+atomically, at the end of a step: after validation, pictures and measurements.
+"""
+
+import signal
+import time
+from os import _exit, write
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from flowmatch_mnist.support.files import load_checkpoint, save_checkpoint
+from flowmatch_mnist.training.internals import Handler, begin_next_epoch, on_sigterm, slurm_requeues, validation_follows
+from flowmatch_mnist.training.module import FlowMatching
+from flowmatch_mnist.training.steps import is_logged
+from flowmatch_mnist.training.tensorboard import flush
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Checkpoints on disk: written whole or not at all, and refused if anything in them has changed."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write to a temporary name, then rename."""
+        save_checkpoint(Path(path), checkpoint)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read tensors and plain values."""
+        return load_checkpoint(Path(path))
+
+
+class SaveLast(Checkpoint):
+    """Keeps `last.ckpt`, from which the run resumes bit for bit; a run that is asked to stop writes it first.
+
+    It is written at each validation and at the end of each epoch, and in between every so many steps or minutes. On SIGTERM
+    or Ctrl-C the step is finished, the checkpoint written, and the process ends with status 128 + signal; a second signal ends
+    it at once. With several processes, those asked agree with the others in a step that is logged. SLURM's signals are left to
+    Lightning where it requeues the job.
+
+    Args:
+        every_n_steps: how often to save, in optimizer steps; 0 is never.
+        every_n_minutes: how often to save, in minutes; 0 is never.
+
+    Raises:
+        ValueError: if a number is negative.
+    """
+
+    def __init__(self, every_n_steps: int = 0, every_n_minutes: float = 2.0) -> None:
+        if every_n_steps < 0 or not every_n_minutes >= 0:
+            raise ValueError("saving needs every_n_steps and every_n_minutes of at least 0")
+        self.every_n_steps = every_n_steps
+        self.every_n_minutes = every_n_minutes
+        self.path: Path | None = None
+        self._signal = 0
+        self._saved_at = 0.0
+        self._due = False
+        self._stop_for = 0
+        self._flush = False
+        self._step = 0
+        self._accumulating = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Learn where to save, which the processes agree on together."""
+        self.path = Path(trainer.log_dir or ".") / "checkpoints" / "last.ckpt"
+        self._end = end_together(trainer)
+        if not slurm_requeues(trainer):
+            on_sigterm(trainer, self._end)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock, clear away what a killed run left half-written, and listen for signals."""
+        assert self.path is not None
+        self._saved_at = time.monotonic()
+        self._step = trainer.global_step
+        begin_next_epoch(trainer)
+        if trainer.is_global_zero:
+            for leftover in self.path.parent.glob(".*.ckpt"):
+                leftover.unlink()
+        # Lightning puts back, when the run has ended, what was there before.
+        for number in [signal.SIGINT] if slurm_requeues(trainer) else [signal.SIGINT, signal.SIGTERM]:
+            signal.signal(number, self._hear)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._signal:
+            self._end(number, frame)
+        self._signal = number
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Between two steps: all that the last one logged has been handed over by now."""
+        self._end_of_step(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Between two epochs, the same."""
+        self._end_of_step(trainer)
+
+    def _end_of_step(self, trainer: Trainer) -> None:
+        if self._flush:
+            flush(trainer)
+            self._flush = False
+        if self._stop_for:
+            if trainer.is_global_zero:
+                name = signal.Signals(self._stop_for).name
+                print(
+                    f"stopped by {name} after step {trainer.global_step}; wrote {self.path}; go on with "
+                    "`python train.py --ckpt_path last`",
+                    flush=True,
+                )
+            # Only one process tells how it ended: a launcher would kill the others for it.
+            raise SystemExit(128 + self._stop_for if trainer.is_global_zero else 0)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if it is time to, unless more of this step is to come."""
+        self._accumulating = trainer.global_step == self._step
+        self._step = trainer.global_step
+        if self._accumulating:
+            return  # Never save in the middle of gradient accumulation: the checkpoint holds no gradients.
+        self._due |= bool(self.every_n_steps) and trainer.global_step % self.every_n_steps == 0
+        self._listen(trainer, agree=is_logged(trainer, trainer.global_step))
+        if self._due and not trainer.is_last_batch and not validation_follows(trainer):
+            self._save(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, unless the epoch ends here too."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._listen(trainer, agree=True)
+            self._due = True
+            if not trainer.is_last_batch and not self._accumulating:
+                self._save(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save."""
+        self._listen(trainer, agree=True)
+        self._save(trainer, pl_module)
+
+    def _listen(self, trainer: Trainer, agree: bool) -> None:
+        """Note whether it is time to save, by the clock, or to stop. Several processes `agree` on it, or leave it for later."""
+        late = bool(self.every_n_minutes) and time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
+        wish = self._signal or int(late)
+        if trainer.world_size > 1:
+            if not agree:
+                return
+            wishes = torch.tensor(float(wish), device=trainer.strategy.root_device)
+            wish = int(cast(torch.Tensor, trainer.strategy.reduce(wishes, reduce_op="max")).item())
+        self._due |= wish > 0
+        self._stop_for = wish if wish > 1 else 0
+
+    def _save(self, trainer: Trainer, module: LightningModule) -> None:
+        assert self.path is not None
+        cast(FlowMatching, module).gradients.require_finite()
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        # What was logged before the checkpoint must not be lost with the process: a run that goes on does not log it again.
+        flush(trainer)
+        trainer.save_checkpoint(self.path)
+        self._due, self._flush, self._saved_at = False, True, time.monotonic()
+
+
+def end_together(trainer: Trainer) -> Handler:
+    """A handler of signals that ends this process, and those it launched, at once, with status 128 + signal.
+
+    Before training begins there is nothing to keep, but processes that wait for one that is gone would wait for long.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if trainer.is_global_zero:
+            # Not print, which this may have interrupted.
+            write(2, f"stopped by {signal.Signals(number).name} at once; what was saved before stays\n".encode())
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(number)
+        _exit(128 + number)
+
+    return end

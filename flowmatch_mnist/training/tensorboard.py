@@ -1,0 +1,77 @@
+"""Logging: numbers to every logger, and pictures and texts to those that can take them. The one file that knows TensorBoard."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+Value = bool | int | float | str
+"""What TensorBoard can sort runs by."""
+
+
+class Board(TensorBoardLogger):
+    """TensorBoard without a curve of the epoch, which would stand before all others."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log scalars."""
+        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+
+
+def boards(trainer: Trainer) -> list[SummaryWriter]:
+    """The writers of the loggers that are TensorBoard's."""
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def log_scalars(trainer: Trainer, scalars: Mapping[str, float], step: int) -> None:
+    """Log numbers by their tags, to every logger."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(scalars), step)
+
+
+def log_picture(trainer: Trainer, tag: str, picture: Tensor, step: int) -> None:
+    """Log a picture, uint8 (H, W) or (H, W, 3), to TensorBoard, and to loggers such as W&B's that have a `log_image`."""
+    for board in boards(trainer):
+        board.add_image(tag, picture if picture.dim() == 3 else picture[..., None], step, dataformats="HWC")
+    for logger in trainer.loggers:
+        if not isinstance(logger, TensorBoardLogger) and hasattr(logger, "log_image"):
+            logger.log_image(tag, [picture.numpy()], step)
+
+
+def log_curve(trainer: Trainer, tag: str, points: Mapping[int, float]) -> None:
+    """Log a curve over something else than steps, which other loggers than TensorBoard have no place for."""
+    for board in boards(trainer):
+        for x, y in points.items():
+            board.add_scalar(tag, y, x)
+
+
+def log_run(trainer: Trainer, config: str, settings: dict[str, Value], headlines: Sequence[str]) -> None:
+    """Log what a run is: its settings to every logger; to TensorBoard also the config, and what to look at first.
+
+    Args:
+        trainer: of the run.
+        config: the text of the config.
+        settings: what tells this run from others.
+        headlines: the tags of the figures to look at first.
+    """
+    for logger in trainer.loggers:
+        if not isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(settings)
+    for board in boards(trainer):
+        board.add_text("config", "".join(f"    {line}\n" for line in config.splitlines()))
+        # Only that these tags are the outcome is written here; their values are the scalars of the same name.
+        for summary in hparams(settings, dict.fromkeys((*headlines, "loss/val"), 0.0)):
+            writer: Any = board.file_writer
+            writer.add_summary(summary)
+        charts = {"losses": ["loss/train", "loss/val"], **{tag.removeprefix("quality/"): [tag] for tag in headlines}}
+        board.add_custom_scalars({"first look": {title: ["Multiline", tags] for title, tags in charts.items()}})
+
+
+def flush(trainer: Trainer) -> None:
+    """Make sure that what was logged so far is on the disk."""
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            logger.save()
