@@ -16,7 +16,8 @@ from conftest import ROOT, TINY, Evil, assert_one_line_error, run, run_here
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flowmatch_mnist.sampling.weights import load
+from flowmatch_mnist.sampling.weights import KEY, load
+from flowmatch_mnist.support.files import load_checkpoint, save_checkpoint
 from flowmatch_mnist.training import cli
 
 
@@ -97,6 +98,36 @@ def test_last_goes_on_in_the_same_folder_with_the_same_config(tiny_run, tmp_path
     assert (tmp_path / "runs/tiny/version_0/samples/grid-000018.png").is_file()
     losses = events(tmp_path / "runs/tiny/version_0").Scalars("loss/val")
     assert [event.step for event in losses] == [5, 11, 17]
+
+
+def test_a_run_from_before_the_folders_goes_on_as_one_of_today(tiny_run, tmp_path):
+    """Its config names classes where they were; its checkpoint says pixels, and not units."""
+    shutil.copytree(tiny_run / "runs", tmp_path / "runs")
+    version = tmp_path / "runs/tiny/version_0"
+    config = (version / "config.yaml").read_text()
+    for now, before in (("networks.unet", "unet"), ("data.digits", "data")):
+        assert f"flowmatch_mnist.{now}." in config
+        config = config.replace(f"flowmatch_mnist.{now}.", f"flowmatch_mnist.{before}.")
+    (version / "config.yaml").write_text(config)
+    for name in ("last", "best"):
+        checkpoint = load_checkpoint(version / f"checkpoints/{name}.ckpt")
+        checkpoint[KEY]["pixels"] = checkpoint[KEY].pop("units")
+        save_checkpoint(version / f"checkpoints/{name}.ckpt", checkpoint)
+    done = run_here("train.py", "--ckpt_path", "last", "--trainer.max_epochs", 3, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_here("train.py", "predict", "--ckpt_path", "last", "--data.predict_per_class", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "flowmatch_mnist.networks.unet.UNet" in (version / "config.yaml").read_text()
+
+
+def test_short_names_and_names_from_before_are_understood_as_options(tmp_path):
+    for net, times in (("UNet", "LogitNormal"), ("flowmatch_mnist.unet.UNet", "flowmatch_mnist.times.LogitNormal")):
+        options = ("--model.net", net, "--model.times", times, "--model.times.location", -0.5, "--data", "MNISTDataModule")
+        done = run_here("train.py", *options, "--print_config", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        config = yaml.safe_load(done.stdout)
+        assert config["model"]["net"]["class_path"] == "flowmatch_mnist.networks.unet.UNet"
+        assert config["model"]["times"]["class_path"] == "flowmatch_mnist.flow.times.LogitNormal"
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "test"])

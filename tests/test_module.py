@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from flowmatch_mnist.data.curve import Curve
+from flowmatch_mnist.data.pairs import PairsDataModule
+from flowmatch_mnist.evaluation.problems import Digits
 from flowmatch_mnist.flow.times import Uniform
+from flowmatch_mnist.networks.mlp import MLP
+from flowmatch_mnist.networks.unet import UNet
+from flowmatch_mnist.sampling.units import UNITS
+from flowmatch_mnist.support.errors import UserError
 from flowmatch_mnist.training.module import FlowMatching
 from flowmatch_mnist.training.steps import learning_rate_factor
 
@@ -69,3 +76,37 @@ def test_the_learning_rate_rises_and_falls(decay, middle):
 def test_refuses_settings_out_of_range(settings):
     with pytest.raises(ValueError, match="must"):
         FlowMatching(Recorder(), **settings)
+
+
+class Points(PairsDataModule):
+    """Pairs of points, of one path if asked for."""
+
+    def __init__(self, problem, path=None):
+        super().__init__(problem, 4, 4, 1)
+        self.path = path
+
+
+def test_the_module_takes_the_units_of_the_data_and_refuses_data_it_is_not_for():
+    module = FlowMatching(MLP(classes=10), path="cosine")
+    module.adopt(Points(Curve(classes=10)))
+    assert module.flow.units is UNITS["plane"] and module.flow.describe(module.sampler)["units"] == "plane"
+    for data, words in (
+        (Points(Curve(classes=1)), "10 classes of shape"),
+        (Points(Digits()), "Points has 10 of shape"),
+        (Points(Curve(classes=10), "linear"), "need the path linear, not cosine"),
+    ):
+        with pytest.raises(UserError, match=words):
+            module.adopt(data)
+    images = FlowMatching(UNet((4,), (1,), (False,)))
+    for pixels in ("linear", "logit"):
+        images.adopt(Points(Digits(pixels)))
+        assert images.flow.units is UNITS[pixels]
+
+
+def test_the_settings_of_the_loss_are_arguments_of_the_module():
+    module = FlowMatching(Recorder(), path="vp", prediction="noise", times=Uniform(), loss="huber", weighting="sd3")
+    objective = module.objective
+    assert (objective.path, objective.prediction, objective.loss, objective.weighting) == ("vp", "noise", "huber", "sd3")
+    assert isinstance(objective.density, Uniform) and (module.flow.path, module.flow.prediction) == ("vp", "noise")
+    with pytest.raises(TypeError, match="widht"):
+        FlowMatching(Recorder(), widht=3)

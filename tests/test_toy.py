@@ -1,5 +1,6 @@
 """The lessons before the digits, DDPM, and the toy's own data and figures."""
 
+import json
 import re
 
 import numpy as np
@@ -8,8 +9,15 @@ import torch
 from conftest import ROOT, assert_one_line_error, run_here
 from PIL import Image
 
+from flowmatch_mnist import draw, load
 from flowmatch_mnist.data.curve import LENGTH, CurveDataModule, curve
-from flowmatch_mnist.sampling.generate import Samples
+from flowmatch_mnist.networks.mlp import MLP
+from flowmatch_mnist.sampling.generate import Flow, Sampler, Samples, draw_noise
+from flowmatch_mnist.sampling.units import UNITS
+from flowmatch_mnist.sampling.weights import KEY, save
+from flowmatch_mnist.support import streams
+from flowmatch_mnist.support.errors import UserError
+from flowmatch_mnist.support.files import save_weights
 
 TOYS = {"toy": "", "toy_prompted": ", on its segment 0"}
 
@@ -28,12 +36,34 @@ def test_a_toy_trains_and_draws_its_curve(name, tmp_path):
         assert np.asarray(picture).std() > 10
 
     checkpoint = version / "checkpoints/last.ckpt"
+    assert load(checkpoint)[0].units is UNITS["plane"]
+    points = draw([*range(load(checkpoint)[0].net.no_label)] * 50, checkpoint)
+    assert 8 < points.values[:, 0].max() - points.values[:, 0].min() < 20, "the curve is 4 pi long"
     predicted = run_here("train.py", "predict", "--ckpt_path", checkpoint, cwd=tmp_path)
     assert predicted.returncode == 0, predicted.stdout + predicted.stderr
     with np.load(version / "predictions.npz") as archive:
         assert archive["points"].shape == (200 if name == "toy" else 2000, 2)
+        assert 8 < np.ptp(archive["points"][:, 0]) < 20
         assert archive["labels"].max() == (0 if name == "toy" else 9)
     assert_one_line_error(run_here("sample.py", "7", "--checkpoint", checkpoint, cwd=tmp_path), "draws no digits")
+
+
+def test_points_come_out_in_the_units_of_the_plane_also_of_older_files(tmp_path):
+    net = MLP()
+    for parameter in net.last.parameters():
+        torch.nn.init.zeros_(parameter)  # the zero field: what comes out is the noise
+    noise = draw_noise(4, (2,), streams.generator("cpu", 3, "sampling"))
+    flow, sampler = Flow(net, units=UNITS["plane"]), Sampler(1)
+    save(tmp_path / "new.safetensors", flow, sampler, {})
+    older = {key: value for key, value in flow.describe(sampler).items() if key != "units"} | {"pixels": "linear"}
+    save_weights(tmp_path / "old.safetensors", net.state_dict(), {KEY: json.dumps(older)})
+    for name in ("new", "old"):
+        points = draw([0] * 4, tmp_path / f"{name}.safetensors", seed=3)
+        torch.testing.assert_close(points.values, 2 * noise)
+    wrong = flow.describe(sampler) | {"units": "linear"}
+    save_weights(tmp_path / "wrong.safetensors", net.state_dict(), {KEY: json.dumps(wrong)})
+    with pytest.raises(UserError, match="do not fit"):
+        draw([0], tmp_path / "wrong.safetensors")
 
 
 def test_ddpm_trains_and_draws_by_ancestral_sampling(tmp_path, data_dir):

@@ -2,12 +2,15 @@
 
 import copy
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flowmatch_mnist.data.digits import MNISTDataModule
 from flowmatch_mnist.networks.unet import UNet
@@ -21,6 +24,7 @@ from flowmatch_mnist.training.evaluation import Evaluate
 from flowmatch_mnist.training.internals import average_of
 from flowmatch_mnist.training.module import FlowMatching
 from flowmatch_mnist.training.muon import Muon
+from flowmatch_mnist.training.tensorboard import Board, flush, log_curve, log_run
 
 
 def make(data_dir, folder, callbacks, net=None, optimizer=torch.optim.AdamW, **settings):
@@ -194,3 +198,39 @@ def test_the_bar_tells_how_many_passes_only_where_they_are_limited(passes, shown
     assert len(others) > 3
     task = SimpleNamespace(description=f"[white]Epoch 3/{passes - 1}")  # as Lightning describes the epoch
     assert first.render(task).plain == shown
+
+
+class Pictures(CSVLogger):
+    """A logger that takes pictures, as W&B's does."""
+
+    def log_image(self, key, images, step):
+        self.taken = [*getattr(self, "taken", []), (key, images[0].shape, step)]
+
+
+def test_every_logger_gets_what_it_can_take(data_dir, tmp_path):
+    loggers = [CSVLogger(tmp_path, "plain"), Pictures(tmp_path, "pictures"), Board(tmp_path, "board")]
+    callbacks = [EMA(), DrawSamples(rows=1), Evaluate(every_n_epochs=1, samples=20)]
+    trainer, module, data = make(data_dir, tmp_path, callbacks, max_epochs=1, log_every_n_steps=1)
+    trainer.loggers = loggers
+    trainer.fit(module, data)
+    for logger in loggers[:2]:
+        table = (Path(logger.log_dir) / "metrics.csv").read_text()
+        assert "loss/train" in table and "quality/label accuracy" in table
+    assert loggers[1].taken == [("samples/grid", (120, 1200), 4), ("samples/trajectory", (1200, 360), 4)]
+    log = EventAccumulator(loggers[2].log_dir, size_guidance={"scalars": 0, "images": 0}).Reload()
+    assert {"loss/train", "quality/label accuracy"} <= set(log.Tags()["scalars"]) and "epoch" not in log.Tags()["scalars"]
+    assert set(log.Tags()["images"]) == {"samples/grid", "samples/trajectory"}
+
+
+def test_what_a_run_is_goes_to_every_logger(tmp_path):
+    plain, board = CSVLogger(tmp_path, "plain"), Board(tmp_path, "board")
+    trainer = Trainer(logger=[plain, board], accelerator="cpu")
+    log_run(trainer, "lr: 3\nname: tiny", {"lr": 3.0, "kind": "UNet"}, ["quality/recall"])
+    log_curve(trainer, "quality_by_evaluations/recall", {2: 0.5, 8: 0.75})
+    flush(trainer)
+    assert "kind: UNet" in (Path(plain.log_dir) / "hparams.yaml").read_text()
+    assert "recall" not in "".join(path.read_text() for path in Path(plain.log_dir).glob("*.csv")), "it has one axis, the steps"
+    log = EventAccumulator(board.log_dir, size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    assert [(e.step, e.value) for e in log.Scalars("quality_by_evaluations/recall")] == [(2, 0.5), (8, 0.75)]
+    assert "lr: 3" in log.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "custom_scalars__config__" in log.Tags()["tensors"]

@@ -8,6 +8,21 @@ from flowmatch_mnist.sampling.weights import newest_checkpoint
 RUNS = Path("runs")
 DEFAULT_CONFIG = Path("configs/mnist.yaml")
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
+MOVED = {
+    "unet": "networks.unet",
+    "mlp": "networks.mlp",
+    "times": "flow.times",
+    "muon": "training.muon",
+    "data": "data.digits",
+    "toy": "data.curve",
+    "reflow": "data.reflow",
+}
+"""Where the files are whose classes a config from before version 0.1.0 names."""
+
+
+def today(text: str) -> str:
+    """A text with the class paths of before version 0.1.0 as they are today."""
+    return re.sub(r"\bflowmatch_mnist\.(\w+)(?=\.[A-Z])", lambda m: f"flowmatch_mnist.{MOVED.get(m[1], m[1])}", text)
 
 
 def run_folder(checkpoint: Path) -> Path | None:
@@ -21,6 +36,7 @@ def complete(arguments: list[str]) -> list[str]:
 
     Without a config, a checkpoint's run brings its own; otherwise it is `configs/mnist.yaml`.
     """
+    arguments = [today(argument) for argument in arguments]
     if arguments[:1] in (["-h"], ["--help"]):
         return arguments
     if not arguments or arguments[0] not in SUBCOMMANDS:

@@ -1,7 +1,7 @@
 """The fence: every private attribute of Lightning and PyTorch that this project uses, one function each.
 
 An upgrade that breaks the project breaks it here: `tests/test_internals.py` calls each function, and names the one that fails.
-Each says why no public way serves. All were tried with Lightning 2.6.1, 2.6.5 and 2.6.6, and PyTorch 2.14.
+Each says why no public way serves. All were tried with Lightning 2.6.1, 2.6.5 and 2.6.6, and with PyTorch 2.14.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,8 @@ def validation_follows(trainer: Trainer) -> bool:
 def begin_next_epoch(trainer: Trainer) -> None:
     """If a run goes on from a checkpoint of an epoch's end, begin the next epoch.
 
-    Lightning does so itself, but not where the run is limited by steps: there it would go back into the epoch that ended.
+    Lightning does so itself, but where a run is limited by steps it can go back into the epoch that ended. There the public
+    setter of `restarting` takes no False.
     """
     loop = trainer.fit_loop
     if loop.restarted_on_epoch_end:

@@ -12,37 +12,19 @@ from flowmatch_mnist.data.pairs import PairsDataModule
 from flowmatch_mnist.flow.times import TimeDensity
 from flowmatch_mnist.networks.base import Network
 from flowmatch_mnist.support.errors import UserError, one_line
-from flowmatch_mnist.training.arguments import option
+from flowmatch_mnist.training.arguments import option, today
 
 SEE_HELP = "; see `python train.py fit --help`"
 BASES: dict[str, type[object]] = {"model.net": Network, "model.times": TimeDensity, "data": PairsDataModule}
 """Whose subclasses a setting names."""
 
 
-MOVED = {
-    "unet": "networks.unet",
-    "mlp": "networks.mlp",
-    "times": "flow.times",
-    "muon": "training.muon",
-    "data": "data.digits",
-    "toy": "data.curve",
-    "reflow": "data.reflow",
-}
-"""Where the files are that configs from before version 0.1.0 name."""
-
-
 load_yaml = get_loader("yaml")
 
 
 def accept_older_configs() -> None:
-    """Read class paths of before version 0.1.0, as the `config.yaml` of an older run has them, as what they are now."""
-
-    def load_moved(text: str) -> object:
-        return load_yaml(
-            re.sub(r"\bflowmatch_mnist\.(\w+)(?=\.[A-Z])", lambda m: f"flowmatch_mnist.{MOVED.get(m[1], m[1])}", text)
-        )
-
-    set_loader("yaml", load_moved, (yaml.YAMLError,))
+    """Read the class paths of configs from before version 0.1.0, such as the `config.yaml` of an older run, as today's."""
+    set_loader("yaml", lambda text: load_yaml(today(text)), (yaml.YAMLError,))
 
 
 class ConfigParser(LightningArgumentParser):
