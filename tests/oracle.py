@@ -3,7 +3,10 @@
 Along any path the state is x_t = alpha m + sqrt(alpha^2 s^2 + sigma^2) z with a z that does not change.
 """
 
-from flowmatch_mnist.flow.paths import match_dims
+import torch
+
+from flowmatch_mnist.flow.paths import PATHS, match_dims
+from flowmatch_mnist.networks.base import Network
 
 MEAN, SPREAD = 0.7, 0.3
 
@@ -36,3 +39,27 @@ class Gaussian:
     def __call__(self, x, t):
         x0, x1 = self.pair(x, t)
         return {"velocity": self.velocity(x, t), "data": x1, "noise": x0}[self.prediction]
+
+
+class Averaged(Network):
+    """The exact mean velocity of a Gaussian's flow, whose trajectories are x_t = t m + r(t) z with r^2 = t^2 s^2 + (1 - t)^2.
+
+    Args:
+        off: what is added to it, times the span, to be wrong.
+    """
+
+    shape = (1, 2, 2)
+
+    def __init__(self, off=0.0):
+        super().__init__(classes=10, embedding_dim=4, spans=True)
+        self.off = off
+        self.velocity = Gaussian(PATHS["linear"], "velocity")
+
+    def forward(self, x, t, y, until=None):
+        if until is None:
+            return self.velocity(x, t)
+        start, end = match_dims(t, x), match_dims(until, x)
+        z = (x - start * MEAN) / torch.hypot(start * SPREAD, 1 - start)
+        span = end - start
+        away = end * MEAN + torch.hypot(end * SPREAD, 1 - end) * z - x
+        return torch.where(span > 0, away / span.clamp(min=1e-12), self.velocity(x, t)) + self.off * span

@@ -1,5 +1,7 @@
 """`train.py` as a person runs it: what it writes, how it goes on, and what it says of mistakes."""
 
+import importlib
+import inspect
 import json
 import logging
 import re
@@ -19,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from flowmatch_mnist.sampling.weights import KEY, load
 from flowmatch_mnist.support.files import load_checkpoint, save_checkpoint
 from flowmatch_mnist.training import cli
+from flowmatch_mnist.training.arguments import today
 
 
 def events(version: Path) -> EventAccumulator:
@@ -128,6 +131,19 @@ def test_short_names_and_names_from_before_are_understood_as_options(tmp_path):
         config = yaml.safe_load(done.stdout)
         assert config["model"]["net"]["class_path"] == "flowmatch_mnist.networks.unet.UNet"
         assert config["model"]["times"]["class_path"] == "flowmatch_mnist.flow.times.LogitNormal"
+
+
+BEFORE = (
+    "unet.UNet mlp.MLP times.Start meanflow.MeanFlow muon.Muon data.IDXDataModule toy.CurveDataModule reflow.ReflowDataModule"
+)
+
+
+@pytest.mark.parametrize("name", BEFORE.split())
+def test_every_class_that_an_older_config_can_name_is_found(name):
+    path = today(f"flowmatch_mnist.{name}")
+    module, _, kind = path.rpartition(".")
+    assert inspect.isclass(getattr(importlib.import_module(module), kind))
+    assert today(path) == path and today("mine.unet.UNet") == "mine.unet.UNet"
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "test"])

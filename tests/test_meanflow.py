@@ -3,42 +3,17 @@
 import pytest
 import torch
 from conftest import TINY, assert_one_line_error, run_here
-from oracle import MEAN, SPREAD, Gaussian
+from oracle import MEAN, SPREAD, Averaged, Gaussian
 from torch import nn
 
 from flowmatch_mnist.flow.guidance import Guided
 from flowmatch_mnist.flow.meanflow import MeanFlow, derivative
-from flowmatch_mnist.flow.paths import PATHS, match_dims
-from flowmatch_mnist.flow.solvers import time_grid, trajectory
-from flowmatch_mnist.networks.base import Network
+from flowmatch_mnist.flow.paths import PATHS
 from flowmatch_mnist.networks.unet import UNet
 from flowmatch_mnist.sampling.weights import load
 
 STRAIGHT = PATHS["linear"]
 velocity = Gaussian(STRAIGHT, "velocity")
-
-
-class Averaged(Network):
-    """The exact mean velocity of a Gaussian's flow, whose trajectories are x_t = t m + r(t) z with r^2 = t^2 s^2 + (1 - t)^2.
-
-    Args:
-        off: what is added to it, times the span, to be wrong.
-    """
-
-    shape = (1, 2, 2)
-
-    def __init__(self, off=0.0):
-        super().__init__(classes=10, embedding_dim=4, spans=True)
-        self.off = off
-
-    def forward(self, x, t, y, until=None):
-        if until is None:
-            return velocity(x, t)
-        start, end = match_dims(t, x), match_dims(until, x)
-        z = (x - start * MEAN) / torch.hypot(start * SPREAD, 1 - start)
-        span = end - start
-        away = end * MEAN + torch.hypot(end * SPREAD, 1 - end) * z - x
-        return torch.where(span > 0, away / span.clamp(min=1e-12), velocity(x, t)) + self.off * span
 
 
 def points(count=64):
@@ -71,17 +46,6 @@ def test_in_the_mean_over_pairs_the_data_s_own_velocity_is_averaged():
     errors = MeanFlow(stride=0).error(Averaged(), x_t, u_t, t, y, until)
     assert errors.mean().abs() < 5e-3 and (errors * x_t).mean().abs() < 5e-3
     assert errors.square().mean() > 0.1  # a single pair's velocity is far from their mean
-
-
-def test_a_step_of_the_exact_mean_velocity_is_exact():
-    net, noise = Averaged(), torch.linspace(-2, 2, 8, dtype=torch.float64).view(2, 1, 2, 2)
-
-    def ask(x, t, until):
-        return net(x, t.expand(2), None, until.expand(2))
-
-    for steps in (1, 2, 5):
-        *_, reached = trajectory(ask, noise, time_grid(steps), "average")
-        torch.testing.assert_close(reached, MEAN + SPREAD * noise, atol=1e-6, rtol=0)
 
 
 def test_the_derivative_is_that_of_differences():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from oracle import MEAN, SPREAD, Gaussian
+from oracle import MEAN, SPREAD, Averaged, Gaussian
 
 from flowmatch_mnist.flow.paths import PATHS
 from flowmatch_mnist.flow.solvers import ONE_STEP, SOLVERS, time_grid, trajectory
@@ -155,3 +155,14 @@ def test_refuses_what_does_not_exist_or_cannot_work():
             list(trajectory(velocity, X0, time_grid(5), solver, churn=1.0))
     with pytest.raises(ValueError, match="at least 0"):
         list(trajectory(velocity, X0, time_grid(5), "euler", churn=-1.0))
+
+
+def test_a_step_of_the_exact_mean_velocity_is_exact():
+    net = Averaged()
+
+    def ask(x, t, until):
+        return net(x, t.expand(2), None, until.expand(2))
+
+    for steps in (1, 2, 5):
+        *_, reached = trajectory(ask, X0, time_grid(steps), "average")
+        torch.testing.assert_close(reached, X1, atol=1e-6, rtol=0)

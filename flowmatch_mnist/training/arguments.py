@@ -12,6 +12,7 @@ MOVED = {
     "unet": "networks.unet",
     "mlp": "networks.mlp",
     "times": "flow.times",
+    "meanflow": "flow.meanflow",
     "muon": "training.muon",
     "data": "data.digits",
     "toy": "data.curve",
