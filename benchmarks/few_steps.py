@@ -24,6 +24,7 @@ from flowmatch_mnist.data.reflow import straightness
 from flowmatch_mnist.images.pictures import grid, save_png
 from flowmatch_mnist.sampling.generate import Flow, Sampler, generate
 from flowmatch_mnist.sampling.weights import load_digits, weights_path
+from flowmatch_mnist.support.devices import default_device
 from flowmatch_mnist.support.errors import UserError, exit_on_error
 from flowmatch_mnist.support.files import replacing, save_json
 
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("--evaluations", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--samples", type=int, default=10_000, help="digits for each setting (default: 10000)")
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--out", type=Path, default=Path("docs/few_steps"), help="of table and picture, without ending")
     options = parser.parse_args()
     models = [tuple(model.split("=", 1)) for model in options.models]

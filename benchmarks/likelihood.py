@@ -26,6 +26,7 @@ from flowmatch_mnist.sampling.likelihood import INTEGRATOR, marginal_log_likelih
 from flowmatch_mnist.sampling.weights import load_digits
 from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.choices import SOLVERS, SPACINGS
+from flowmatch_mnist.support.devices import default_device
 from flowmatch_mnist.support.errors import UserError, exit_on_error
 from flowmatch_mnist.support.files import save_json
 
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the pixels' noise and the probes (default: 0)")
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     options = parser.parse_args()
     try:

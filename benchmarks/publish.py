@@ -19,6 +19,7 @@ from scoring import digit_scorer
 from flowmatch_mnist.evaluation.problems import Scorer
 from flowmatch_mnist.sampling.generate import Flow, Sampler, generate
 from flowmatch_mnist.sampling.weights import PRETRAINED, load_digits, read_checkpoint, save, with_changes
+from flowmatch_mnist.support.devices import default_device
 from flowmatch_mnist.support.errors import exit_on_error
 
 SAMPLES = (10_000, 500)
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, help="of its sampler (default: as in its config)")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("FROM", "TO"), help="the t in which it acts")
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     options = parser.parse_args()
     checkpoint, flow, sampler = load_digits(options.checkpoint, options.device)
     sampler = with_changes(flow, sampler, {name: getattr(options, name) for name in ("steps", "guidance", "guidance_interval")})

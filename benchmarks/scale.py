@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowmatch_mnist.networks.unet import UNet
+from flowmatch_mnist.support.devices import default_device
 from flowmatch_mnist.training.cli import native_precision
 from flowmatch_mnist.training.muon import Muon
 
@@ -100,7 +101,7 @@ def main() -> None:
     parser.add_argument("--factors", type=float, nargs="*", default=[0.5, 2.0], help="times the widths (default: 0.5 2)")
     parser.add_argument("--processes", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--turns", type=int, default=10)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     options = parser.parse_args()
     settings = [(WIDTHS, BATCH)] + [(WIDTHS, batch) for batch in options.batches]
     settings += [(tuple(round(factor * width) for width in WIDTHS), BATCH) for factor in options.factors]

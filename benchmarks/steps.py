@@ -20,6 +20,7 @@ from flowmatch_mnist.evaluation.problems import Scorer
 from flowmatch_mnist.sampling.generate import Flow, Sampler, generate
 from flowmatch_mnist.sampling.weights import load_digits
 from flowmatch_mnist.support.choices import SOLVERS
+from flowmatch_mnist.support.devices import default_device
 from flowmatch_mnist.support.errors import UserError, exit_on_error
 from flowmatch_mnist.support.files import replacing, save_json
 
@@ -81,7 +82,7 @@ def main() -> None:
     parser.add_argument("--guidance", nargs="+", type=float, default=[1.0, 1.25, 1.5])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--out", type=Path, default=Path("docs/steps"), help="of the picture and the figures, without ending")
     options = parser.parse_args()
     if min(options.samples, *options.evaluations) < 1:

@@ -16,13 +16,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 from scoring import digit_scorer
 from steps import measure
 
 from flowmatch_mnist.sampling.weights import load, newest_checkpoint, save
+from flowmatch_mnist.support.devices import default_device
 from flowmatch_mnist.support.errors import UserError, exit_on_error
 from flowmatch_mnist.support.files import replacing, save_json
 from flowmatch_mnist.training.ema import averaged_flow
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=2.0, metavar="MINUTES", help="between what is put aside (default: 2)")
     parser.add_argument("--samples", type=int, default=10_000, help="digits drawn for each point (default: 10000)")
     parser.add_argument("--last-only", action="store_true", help="measure only what came out in the end")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--out", type=Path, default=Path("docs/time_to_quality"), help="of picture and figures, without ending")
     parser.add_argument("--arguments", nargs=argparse.REMAINDER, default=[], help="more, for train.py")
     options = parser.parse_args()

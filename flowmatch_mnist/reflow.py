@@ -8,10 +8,9 @@ See `data/reflow.py` for what reflow is.
 
 from pathlib import Path
 
-import torch
-
 from flowmatch_mnist.data.reflow import SHARD, draw_pairs
 from flowmatch_mnist.sampling.weights import load, newest_or_packaged, weights_path, with_changes
+from flowmatch_mnist.support.devices import default_device
 from flowmatch_mnist.support.errors import CommandParser, UserError, exit_on_error
 
 
@@ -31,7 +30,7 @@ def main() -> None:
     )
     add("--seed", type=int, default=0, help="of the noise (default: 0)")
     add("--batch-size", type=int, help="samples carried at a time (default: 100 on a processor, 1000 on a GPU)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default=default_device())
     options = parser.parse_args()
     if options.pairs < 1 or (options.batch_size is not None and options.batch_size < 1):
         raise UserError("--pairs and --batch-size must be at least 1")

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "flowmatch_mnist"
 HOUSE = {
-    "support": ["errors", "choices", "files", "streams"],
+    "support": ["errors", "choices", "devices", "files", "streams"],
     "networks": ["base", "mlp", "unet"],
     "flow": [
         "paths",

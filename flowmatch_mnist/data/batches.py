@@ -17,6 +17,16 @@ def leave_signals_to_the_trainer(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+class Slices:
+    """Cuts slices out of tensors. Workers get only this: where they are not forked, what they get must pickle."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tensors
+
+    def __getitem__(self, samples: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor[samples] for tensor in self.tensors)
+
+
 class Batches:
     """Batches cut out of tensors that live in memory: each is one indexed slice.
 
@@ -71,10 +81,11 @@ class Batches:
         self._resume_at = None
         batches = range(first, len(self))
         shares = [order[b * self.batch_size : (b + 1) * self.batch_size][self.rank :: self.world_size] for b in batches]
-        slices: Iterable[Sequence[Tensor]] = map(self.__getitem__, shares)
+        cut = Slices(self.tensors)
+        slices: Iterable[Sequence[Tensor]] = map(cut.__getitem__, shares)
         if self.num_workers:
             slices = DataLoader(
-                self,  # type: ignore[arg-type]
+                cut,  # type: ignore[arg-type]
                 batch_size=None,
                 sampler=shares,
                 num_workers=self.num_workers,
@@ -84,9 +95,6 @@ class Batches:
         for batch, share in zip(batches, slices, strict=True):
             self._at = (epoch, batch + 1)
             yield tuple(share)
-
-    def __getitem__(self, samples: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor[samples] for tensor in self.tensors)
 
     @property
     def _order(self) -> dict[str, int | None]:

@@ -38,7 +38,7 @@ class DigitNet(nn.Module):
             layer(64, 64),
             nn.MaxPool2d(2),
             layer(64, 96),
-            nn.AdaptiveAvgPool2d(3),
+            nn.AvgPool2d(3, stride=2),  # 7x7 to 3x3; Apple's GPUs have no adaptive pooling of such sizes
             nn.Flatten(),
             nn.Linear(96 * 9, self.num_features),
             nn.ReLU(),

@@ -20,6 +20,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from flowmatch_mnist.evaluation.digitnet import DigitNet, digitnet
 from flowmatch_mnist.support import streams
+from flowmatch_mnist.support.devices import full_float32
 from flowmatch_mnist.support.errors import UserError
 
 CHUNK = 1000
@@ -101,28 +102,34 @@ def kernel_distance(first: Tensor, second: Tensor, subset_size: int = 1000) -> f
 
 def label_accuracy(digits: Tensor, labels: Tensor) -> tuple[float, list[float]]:
     """The share of digits (N,) that were read as their labels (N,), over all and for each digit; NaN for one that is absent."""
-    overall = MulticlassAccuracy(10, average="micro", sync_on_compute=False).to(labels.device)
-    each = MulticlassAccuracy(10, average="none", sync_on_compute=False).to(labels.device)
+    overall = MulticlassAccuracy(10, average="micro", sync_on_compute=False)
+    each = MulticlassAccuracy(10, average="none", sync_on_compute=False)
     present = torch.bincount(labels, minlength=10) > 0
     by_digit = torch.where(present, each(digits, labels), torch.nan)
     return overall(digits, labels).item(), by_digit.tolist()
 
 
 @torch.inference_mode()
+@full_float32()
 def read_digits(net: DigitNet, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The features, float64 (N, D), of images uint8 (N, 28, 28), and the digits read in them, int64 (N,), on net's device."""
+    """The features, float64 (N, D), of images uint8 (N, 28, 28), and the digits read in them, int64 (N,); both on the CPU.
+
+    The net may be anywhere. What is measured on the features is measured on the CPU, where there is float64.
+    """
     device = net.head.weight.device
     features = torch.cat([net.features(some.to(device)) for some in images.split(CHUNK)])
-    return features.double(), net.head(features).argmax(1)
+    return features.cpu().double(), net.head(features).argmax(1).cpu()
 
 
+@full_float32()
 def _nearest(from_: Tensor, to: Tensor, rank: int = 1) -> Tensor:
-    """The distance from each of (N, D) to its nearest, or rank-th nearest, of (M, D): (N,)."""
-    return torch.cat([torch.cdist(some, to).topk(rank, largest=False).values[:, -1] for some in from_.split(CHUNK)])
+    """The distance from each of (N, D) to its nearest, or rank-th nearest, of (M, D): (N,), on the CPU."""
+    distances = torch.cat([torch.cdist(some, to).topk(rank, largest=False).values[:, -1] for some in from_.split(CHUNK)])
+    return distances.cpu()
 
 
 class Manifold:
-    """Where a set of points lies: the union of balls around them, each reaching to the third nearest other point.
+    """Where a set of points on the CPU lies: the union of balls around them, each reaching to the third nearest other point.
 
     Args:
         points: (N, D).
@@ -195,7 +202,7 @@ class Evaluator:
         images, labels = held_out
         self.features, digits = read_digits(self.net, images)
         self.manifold = Manifold(self.features)
-        self.accuracy, self.accuracy_by_digit = label_accuracy(digits.cpu(), labels)
+        self.accuracy, self.accuracy_by_digit = label_accuracy(digits, labels)
         self.copies = Copies(images, self.training, device)
         self._baselines: dict[tuple[int, ...], list[float]] = {}
 
@@ -207,7 +214,7 @@ class Evaluator:
         """
         baseline = self._baseline(labels)
         features, digits = read_digits(self.net, images)
-        accuracy, by_digit = label_accuracy(digits.cpu(), labels)
+        accuracy, by_digit = label_accuracy(digits, labels)
         names = ("Frechet distance", "precision", "recall", "kernel distance")
         compared = zip(names, self._compare(features), baseline, strict=True)
         return [

@@ -60,6 +60,13 @@ class Guided:
         start, end = self.interval
         scale = self.scale if start <= t <= end else 1.0
         self.evaluations += 1 if scale in (0.0, 1.0) else 2
-        times = [None if time is None else time.to(x).expand(x.shape[0]) for time in (t, until)]
+        times = [None if time is None else self._spread(time, x) for time in (t, until)]
         assert times[0] is not None
         return guide(self.net, x, times[0], self.y, scale, times[1])
+
+    @staticmethod
+    def _spread(time: Tensor, x: Tensor) -> Tensor:
+        """The time () for each sample of x: (B,). A time on the CPU is filled in as a number, which no GPU has to wait for."""
+        if time.device == x.device or torch.compiler.is_exporting():
+            return time.to(x).expand(x.shape[0])
+        return x.new_full((x.shape[0],), time.item())

@@ -25,6 +25,7 @@ from torch import Tensor
 from flowmatch_mnist.flow.guidance import guide
 from flowmatch_mnist.flow.paths import match_dims
 from flowmatch_mnist.networks.base import Network
+from flowmatch_mnist.support.devices import full_float32
 
 
 class MeanFlow:
@@ -114,6 +115,6 @@ def derivative(net: Network, x: Tensor, t: Tensor, y: Tensor, until: Tensor, vel
 
     x, velocity (B, ...), t, y, until (B,) -> (B, ...).
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with full_float32(), torch.autocast(x.device.type, enabled=False):
         inputs, tangents = (x, t), (velocity.to(x), torch.ones_like(t))
         return torch.func.jvp(lambda x, t: net.forward(x, t, y, until), inputs, tangents)[1]

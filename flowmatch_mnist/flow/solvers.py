@@ -16,6 +16,7 @@ from torch import Tensor
 from flowmatch_mnist.flow.paths import ProbabilityPath
 from flowmatch_mnist.flow.predictions import LOG_SNR_LIMIT, STRAIGHT, pair
 from flowmatch_mnist.support.choices import SOLVERS, SPACINGS, Spacing
+from flowmatch_mnist.support.devices import widest_float
 
 Velocity = Callable[..., Tensor]
 """v(x, t): x (B, ...), t a scalar tensor in [0, 1] -> (B, ...); for `average` also v(x, t, until), the mean from t to there."""
@@ -180,7 +181,8 @@ def trajectory(
 
         # Stopped at the last time: torchdiffeq would step over it, where no velocity is known, and interpolate.
         reported = torch.stack(moments).to(x.device)
-        settings = {"rtol": tolerance, "atol": tolerance, "options": {"step_t": reported[-1:]}}
+        options = {"step_t": reported[-1:], "dtype": widest_float(x.device)}
+        settings = {"rtol": tolerance, "atol": tolerance, "options": options}
         states: Iterator[Tensor] = iter(odeint(lambda t, x: v(x, t), x, reported, method="dopri5", **settings))
         next(states)
     elif solver == "dpmpp_2m":
@@ -191,13 +193,23 @@ def trajectory(
         step = churned(ONE_STEP[solver], churn, fresh_noise or (lambda: torch.randn_like(x)))
         states = _walk(step, v, x, moments)
     yield x
+    finite: list[Tensor] = []
     for number, state in enumerate(states, start=1):
-        if not torch.compiler.is_exporting() and not state.isfinite().all():
-            raise FloatingPointError(
-                f"values that are not finite appeared at t = {values[number]:.4g}, in step {number} of {len(times) - 1}: the "
-                "network's training diverged, or the steps are too large for it"
-            )
+        if not torch.compiler.is_exporting():
+            finite.append(state.isfinite().all())
+            if number == len(values) - 1:  # once for a solve, since a GPU is waited for here
+                _require_finite(torch.stack(finite).tolist(), values[1:])
         yield state
+
+
+def _require_finite(finite: list[bool], times: Sequence[float]) -> None:
+    """Raise FloatingPointError for the first of the steps, which ended at the times, whose state was not finite."""
+    for number, (good, t) in enumerate(zip(finite, times, strict=True), start=1):
+        if not good:
+            raise FloatingPointError(
+                f"values that are not finite appeared at t = {t:.4g}, in step {number} of {len(times)}: the network's training "
+                "diverged, or the steps are too large for it"
+            )
 
 
 def _walk(step: Step, v: Velocity, x: Tensor, times: Sequence[Tensor]) -> Iterator[Tensor]:

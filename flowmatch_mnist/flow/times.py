@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from flowmatch_mnist.support.devices import widest_float
+
 
 class TimeDensity:
     """A density of t on (0, 1).
@@ -30,8 +32,8 @@ class TimeDensity:
         return (1 / slope).to(t.dtype)
 
     def _cumulative(self, t: Tensor) -> Tensor:
-        """The inverse of the quantile function, by bisection in float64."""
-        low, high = torch.zeros_like(t, dtype=torch.float64), torch.ones_like(t, dtype=torch.float64)
+        """The inverse of the quantile function, by bisection in the widest float there is."""
+        low, high = torch.zeros_like(t, dtype=widest_float(t.device)), torch.ones_like(t, dtype=widest_float(t.device))
         for _ in range(52):
             middle = (low + high) / 2
             below = self.quantile(middle) < t
@@ -39,7 +41,7 @@ class TimeDensity:
         return (low + high) / 2
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw `count` times, float32 (count,) on the generator's device.
+        """Draw `count` times, float32 (count,) on the generator's device; Apple's GPUs lack the quantile of `LogitNormal`.
 
         The draws of one batch are stratified: each is distributed as the density, and together they cover it evenly, which
         lowers the variance of the loss (Kingma et al. 2021, "Variational Diffusion Models", appendix I.1).
@@ -131,4 +133,4 @@ def fixed_times(batch_index: int, positions: Tensor) -> Tensor:
     of processes.
     """
     golden, root_two = 0.6180339887498949, 1.4142135623730951
-    return ((positions.double() * golden + batch_index * root_two) % 1).float()
+    return ((positions.to(widest_float(positions.device)) * golden + batch_index * root_two) % 1).float()

@@ -154,7 +154,7 @@ def draw_noise(count: int, shape: tuple[int, ...], generator: torch.Generator) -
 def churn_noise(seed: int, numbers: Iterable[int], shape: tuple[int, ...], device: torch.device) -> FreshNoise:
     """Noise for the samples of these numbers, from a stream for each: (samples, *shape) at each call."""
     generators = [streams.generator("cpu", seed, "churn", n) for n in numbers]
-    return lambda: torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+    return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device, non_blocking=True)
 
 
 @dataclass
@@ -227,12 +227,12 @@ def generate(
     kept = []
     evaluations, done = 0, 0
     for y in labels.split(batch_size or default_batch_size(device)):
-        guided = flow.guided(y.to(device), sampler)
+        guided = flow.guided(y.to(device, non_blocking=True), sampler)
         x0 = draw_noise(len(y), net.shape, source) if noise is None else noise[done : done + len(y)]
         batch = range(done, done + len(y)) if numbers is None else numbers[done : done + len(y)]
         fresh_noise = churn_noise(seed, batch, net.shape, device) if sampler.churn else None
         states: list[Tensor] = []
-        for x in flow.states(guided, x0.to(device), sampler, fresh_noise=fresh_noise):
+        for x in flow.states(guided, x0.to(device, non_blocking=True), sampler, fresh_noise=fresh_noise):
             # The states on the way are let go at once unless they are asked for.
             states = [*states, x] if keep_states else [x]
         kept.append(torch.stack([decode(x) for x in states]).cpu())

@@ -26,6 +26,7 @@ from flowmatch_mnist.flow.predictions import StraightVelocity
 from flowmatch_mnist.flow.solvers import Velocity, time_grid, trajectory
 from flowmatch_mnist.sampling.generate import Flow, Sampler
 from flowmatch_mnist.support import streams
+from flowmatch_mnist.support.devices import full_float32
 
 Divergence = Literal["hutchinson", "exact"]
 
@@ -112,6 +113,7 @@ def probes(seed: int, numbers: Iterable[int], shape: tuple[int, ...]) -> Tensor:
 
 @torch.inference_mode(False)
 @torch.no_grad()
+@full_float32()
 def log_likelihood(
     flow: Flow,
     x1: Tensor,

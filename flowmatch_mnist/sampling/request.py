@@ -18,6 +18,7 @@ from flowmatch_mnist.images.pictures import grid, save_gif, save_npz, save_png
 from flowmatch_mnist.sampling.generate import Flow, draw_noise, generate, interpolate, invert
 from flowmatch_mnist.sampling.weights import PRETRAINED, load_digits, with_changes
 from flowmatch_mnist.support import streams
+from flowmatch_mnist.support.devices import default_device
 from flowmatch_mnist.support.errors import UserError
 
 FRAMES = 61
@@ -54,7 +55,7 @@ def noises(options: argparse.Namespace, columns: int, rows: int, flow: Flow) -> 
 
 def fulfil(options: argparse.Namespace, started: float) -> None:
     """Draw, write, and say what was done and how long it took since `started`, in seconds of `time.perf_counter`."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device or default_device()
     model, flow, sampler = load_digits(PRETRAINED[options.weights] if options.weights else options.checkpoint, device)
     settings = ("steps", "solver", "guidance", "guidance_interval", "spacing", "churn")
     sampler = with_changes(flow, sampler, {name: getattr(options, name) for name in settings})

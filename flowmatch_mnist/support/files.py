@@ -32,7 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with temporary.open("rb") as file:
+        with temporary.open("r+b") as file:  # to write: Windows flushes no other file
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
@@ -45,7 +45,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def save_json(path: Path, contents: dict[str, Any]) -> None:
     """Write plain values as JSON."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(contents, indent=1, ensure_ascii=False) + "\n")
+        temporary.write_text(json.dumps(contents, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:

@@ -29,6 +29,9 @@ from flowmatch_mnist.training.parser import ConfigParser, accept_older_configs, 
 from flowmatch_mnist.training.saving import CheckpointFiles, SaveLast, end_together
 from flowmatch_mnist.training.tensorboard import Board
 
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+"""The precisions that a network can be trained in."""
+
 
 def native_precision(accelerator: str) -> str:
     """bf16 mixed precision where the hardware computes in it, else 32 bits: emulated bf16 is far slower than fp32."""
@@ -122,6 +125,11 @@ class CLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         if not slurm_requeues(self.trainer):
             signal.signal(signal.SIGTERM, end_together(self.trainer))
+        if self.trainer.precision not in PRECISIONS:
+            raise UserError(
+                f"precision {self.trainer.precision} is not supported, since weights and averages are kept in 32 bits; "
+                f"set --trainer.precision to one of {', '.join(PRECISIONS)}"
+            )
         checkpoint = self.config[self.subcommand].ckpt_path
         self.model.adopt(self.datamodule)
         wanted = self.model.flow.describe(self.model.sampler)
@@ -148,6 +156,14 @@ class CLI(LightningCLI):
                 f"into {self.trainer.log_dir or 'no folder'}",
                 flush=True,
             )
+            if (processes := self.trainer.world_size) > 1:
+                size = self.datamodule.batch_size
+                print(
+                    f"{processes} processes take {size} samples each, {processes * size} a step; for the steps of one process "
+                    f"set --data.batch_size {max(1, size // processes)}; for larger ones raise --model.optimizer.lr, such as "
+                    f"{processes**0.5:.2g} times",
+                    flush=True,
+                )
 
 
 def main() -> None:
@@ -174,7 +190,7 @@ def main() -> None:
                 save_config_callback=LogConfig,
                 save_config_kwargs={"save_to_log_dir": False},
                 seed_everything_default=0,
-                trainer_defaults={"enable_model_summary": False, "num_sanity_val_steps": 0},
+                trainer_defaults={"devices": 1, "enable_model_summary": False, "num_sanity_val_steps": 0},
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
             )

@@ -21,7 +21,26 @@ class Description(ProgressColumn):
 
 
 class Bar(RichProgressBar):
-    """Lightning's progress bar, with descriptions of its own."""
+    """Lightning's progress bar, with descriptions of its own, and the loss of the last step that was logged.
+
+    The loss is read once, when it is logged: Lightning would read it from a GPU, and wait for that, in every step.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loss: dict[str, float] = {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Read the loss of a logged step."""
+        if is_logged(trainer, trainer.global_step) and trainer.global_step:
+            self._loss = {"loss/train": round(cast(FlowMatching, pl_module).last_loss.item(), 3)}
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Lightning's, and the loss."""
+        return {**super().get_metrics(trainer, pl_module), **self._loss}
 
     def configure_columns(self, trainer: Trainer) -> list[Any]:
         """The columns: Lightning's, but for the first."""

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor
 
 from flowmatch_mnist.sampling.generate import Flow
 from flowmatch_mnist.training.internals import average_of
@@ -30,20 +29,35 @@ class EMA(WeightAveraging):
         if not 0 <= decay < 1:
             raise ValueError(f"the decay of EMA must lie in [0, 1), got {decay}")
         self.decay = decay
-        self._step = 0
-        super().__init__(multi_avg_fn=self._update)
-
-    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """After every optimizer step."""
-        if step_idx is not None:
-            self._step = step_idx
-        return step_idx is not None
+        self._step = 0  # in which the average was last updated; 0 is never
+        super().__init__()
 
     @torch.no_grad()
-    def _update(self, averages: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:
-        # The step is known on the host: reading the count of updates would make a GPU wait.
-        decay = min(self.decay, (1 + self._step) / (10 + self._step))
-        torch._foreach_lerp_(averages, current, 1 - decay)
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update the average after every optimizer step, the first time to the weights themselves.
+
+        PyTorch's own update reads its count of updates from the device, for which a GPU would be waited for.
+        """
+        average = average_of(self)
+        if average is None or trainer.global_step == self._step:
+            return
+        n = trainer.global_step - 1
+        decay = min(self.decay, (1 + n) / (10 + n)) if self._step else 0.0
+        torch._foreach_lerp_(list(average.parameters()), list(pl_module.parameters()), 1 - decay)
+        self._step = trainer.global_step
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing: the average is updated by steps."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step in which the average was last updated."""
+        return {"latest_update_step": self._step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from that step."""
+        self._step = state_dict["latest_update_step"]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore the average where a run goes on; elsewhere the module's own weights, as saved, are the average."""

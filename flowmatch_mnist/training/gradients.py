@@ -1,4 +1,4 @@
-"""Whether the gradients of a step are finite, told without a GPU being waited for."""
+"""Whether the gradients of all steps were finite, found out without making a GPU wait."""
 
 import math
 from collections.abc import Iterable
@@ -8,52 +8,11 @@ import torch
 from torch import Tensor
 
 
-class GradientCheck:
-    """The gradients' norm and the loss of a step, on their way from the device to the host.
-
-    Args:
-        step: its number, from 1.
-        norm: of the gradients, ().
-        loss: ().
-    """
-
-    def __init__(self, step: int, norm: Tensor, loss: Tensor) -> None:
-        self.step = step
-        both = torch.stack([norm.detach().float(), loss.float()])
-        on_gpu = both.device.type == "cuda"
-        self._values = torch.empty(2, pin_memory=on_gpu).copy_(both, non_blocking=on_gpu)
-        self._copied = torch.cuda.Event() if on_gpu else None
-        if self._copied is not None:
-            self._copied.record()
-
-    @property
-    def values(self) -> tuple[float, float]:
-        """Norm of the gradients, and loss."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        norm, loss = self._values.tolist()
-        return norm, loss
-
-    @property
-    def finite(self) -> bool:
-        """Whether the gradients were: they are not if the loss is not."""
-        return math.isfinite(self.values[0])
-
-    def require_finite(self) -> None:
-        """Raise FloatingPointError, with norm and loss, if the gradients were not finite."""
-        if not self.finite:
-            raise FloatingPointError(
-                f"{self}; no checkpoint holds it: go on from the newest with --ckpt_path last and a lower "
-                "--model.optimizer.lr, or leave out such steps with --model.on_non_finite skip"
-            )
-
-    def __str__(self) -> str:
-        norm, loss = self.values
-        return f"step {self.step} is not finite: loss {loss:g}, norm of the gradients {norm:g}"
-
-
 class GradientWatch:
     """Looks at each step's gradients, and stops the run, or leaves the step out, where they are not finite.
+
+    On a GPU the first such step is noted there, and read when the step is logged, or its weights are kept: to read each step
+    would make the host wait for it. To skip a step, the host must know, so it waits.
 
     Args:
         on_non_finite: what to do: "stop" the run, or "skip" the step.
@@ -61,29 +20,50 @@ class GradientWatch:
 
     def __init__(self, on_non_finite: Literal["stop", "skip"]) -> None:
         self.on_non_finite = on_non_finite
-        self._unread: GradientCheck | None = None
+        self._first: Tensor | None = None  # step, norm and loss of the first step that was not finite; step 0 is none
 
-    def look(self, step: int, norm: Tensor, loss: Tensor, parameters: Iterable[Tensor]) -> None:
-        """Look at the norm of the gradients of a step, before the optimizer moves the parameters.
+    def look(self, step: int, norm: Tensor, loss: Tensor, parameters: Iterable[Tensor], logged: bool, scaled: bool) -> None:
+        """Look at a step before the optimizer moves the parameters.
+
+        Args:
+            step: its number, from 1.
+            norm: of the gradients, ().
+            loss: ().
+            parameters: whose gradients they are.
+            logged: whether the step is logged, so that the host waits for it anyway.
+            scaled: whether the gradients of fp16 are scaled. Then an overflow is no fault: the scaler leaves the step out by
+                itself, and lowers the scale; only a loss that is not finite is one.
 
         Raises:
-            FloatingPointError: if it is not finite in this step (on a GPU: in the one before), and the run is to stop.
+            FloatingPointError: if this step (on a GPU, one since the last that was read) is not finite, and the run is to stop.
         """
-        check = GradientCheck(step, norm, loss)
+        norm, loss = norm.detach().float(), loss.detach().float()
+        watched = loss if scaled else norm  # the norm is not finite if the loss is not
         if self.on_non_finite == "skip":
-            if not check.finite:
-                print(f"{check}; skipped", flush=True)
+            if not math.isfinite(watched.item()):
+                print(f"{describe(step, norm.item(), loss.item())}; skipped", flush=True)
                 for p in parameters:
                     p.grad = None  # an optimizer leaves alone what has no gradient
-        elif norm.device.type == "cpu":
-            check.require_finite()
-        else:
-            # To read it now, the GPU would have to be waited for. The one before is there by now.
+            return
+        if self._first is None or self._first.device != norm.device:
+            self._first = torch.zeros(3, device=norm.device)
+        this = torch.stack([torch.full_like(norm, step), norm, loss])
+        self._first = torch.where(watched.isfinite() | (self._first[0] > 0), self._first, this)
+        if logged or norm.device.type == "cpu":
             self.require_finite()
-            self._unread = check
 
     def require_finite(self) -> None:
         """Raise FloatingPointError if a step so far was not finite: to be called before its weights are kept."""
-        check, self._unread = self._unread, None
-        if check is not None:
-            check.require_finite()
+        if self._first is None:
+            return
+        step, norm, loss = self._first.tolist()
+        if step:
+            raise FloatingPointError(
+                f"{describe(int(step), norm, loss)}; no checkpoint holds it: go on from the newest with --ckpt_path last and a "
+                "lower --model.optimizer.lr, or leave out such steps with --model.on_non_finite skip"
+            )
+
+
+def describe(step: int, norm: float, loss: float) -> str:
+    """What is said of a step that is not finite."""
+    return f"step {step} is not finite: loss {loss:g}, norm of the gradients {norm:g}"

@@ -21,6 +21,7 @@ from flowmatch_mnist.sampling.generate import Flow, Sampler, churn_noise
 from flowmatch_mnist.sampling.units import UNITS
 from flowmatch_mnist.sampling.weights import KEY, load_teacher, warm_start, weights_path
 from flowmatch_mnist.support import streams
+from flowmatch_mnist.support.devices import compile_in_place
 from flowmatch_mnist.support.errors import UserError
 from flowmatch_mnist.training.gradients import GradientWatch
 from flowmatch_mnist.training.internals import unscale_before_clipping
@@ -31,11 +32,14 @@ INTERVALS = 5
 
 
 def losses_by_time(losses: Tensor, t: Tensor, first: float, last: float) -> Iterator[tuple[str, Tensor, int]]:
-    """Intervals of t from first to last, with the mean, (), of the losses (B,) at the t (B,) inside, and their number."""
+    """Intervals of t from first to last, with the mean, (), of the losses (B,) at the t (B,) inside, and their number.
+
+    The t are on the CPU, so that no GPU is waited for.
+    """
     for i in range(int(first * INTERVALS), math.ceil(last * INTERVALS)):
-        inside = (t * INTERVALS).long() == i
-        mean = losses[inside].sum() / inside.sum().clamp(min=1)
-        yield f"{i / INTERVALS:.1f} to {(i + 1) / INTERVALS:.1f}", mean, int(inside.sum())
+        inside = ((t * INTERVALS).long() == i).nonzero().flatten()
+        mean = losses[inside.to(losses.device, non_blocking=True)].sum() / max(1, len(inside))
+        yield f"{i / INTERVALS:.1f} to {(i + 1) / INTERVALS:.1f}", mean, len(inside)
 
 
 class FlowMatching(LightningModule):
@@ -54,14 +58,11 @@ class FlowMatching(LightningModule):
         seed: of times, label dropout and the network's own dropout; the command line sets it from `seed_everything`.
         objective: what is learned, the arguments of `flow.loss.FlowLoss`: path, prediction, times, weighting, loss, ...
 
-    Attributes:
-        last_loss: of the last training batch, (), on the device.
-
     Raises:
         ValueError: if a number is out of its range, or the network cannot do what is asked of it.
     """
 
-    last_loss: Tensor
+    last_loss: Tensor  # of the last training batch, (), on the device
 
     def __init__(
         self,
@@ -127,18 +128,19 @@ class FlowMatching(LightningModule):
             warm_start(self.net, weights_path(self.start))
 
     def on_fit_start(self) -> None:
-        """Load the teacher, if there is one, and compile in place, which leaves the names of the weights as they are."""
+        """Load the teacher, if there is one, and compile."""
         self.objective.prepare(lambda teacher: load_teacher(teacher, self.net, self.device))
         if self.compiles:
-            self.net.compile()
+            compile_in_place(self.net, self.device)
 
     def training_step(self, batch: Pairs, batch_idx: int) -> Tensor:
         """Draw the times, and return the mean loss of the batch."""
         x0, x1, y = batch
         place = place_of(self.trainer)
-        t = place.share(self.objective.density.sample, len(y), self.device, self.seed, "times")
-        # What the network draws itself, for dropout, comes from PyTorch's own generators. To seed those of GPUs that are not
-        # there costs a millisecond.
+        # On the CPU, so that they are the same for every device, and need no kernel there.
+        t = place.share(self.objective.density.sample, len(y), torch.device("cpu"), self.seed, "times")
+        t = t.to(self.device, non_blocking=True)
+        # For the network's own dropout. To seed the generators of GPUs that are not there costs a millisecond.
         seed = torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed
         seed(streams.seed(self.seed, "network", place.step, place.rank))
 
@@ -153,11 +155,13 @@ class FlowMatching(LightningModule):
         """Take the norm of the gradients, before clipping; in a step that is logged, log it, the loss and the learning rate."""
         self._norm = norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         step = self.trainer.global_step + 1
-        if is_logged(self.trainer, step):  # to hand Lightning what it would not log costs a millisecond
-            self.log("loss/train", self.last_loss, prog_bar=True)
+        logged = is_logged(self.trainer, step)
+        if logged:  # to hand Lightning what it would not log costs a millisecond
+            self.log("loss/train", self.last_loss)
             self.log("optimizer/gradient_norm", norm)
             self.log("optimizer/learning_rate", optimizer.param_groups[0]["lr"])
-        self.gradients.look(step, norm, self.last_loss, self.parameters())
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        self.gradients.look(step, norm, self.last_loss, self.parameters(), logged, scaled)
 
     def configure_gradient_clipping(
         self,
@@ -165,7 +169,7 @@ class FlowMatching(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradients as the trainer asks for; by their norm, which was just taken, and costs a millisecond on a CPU."""
+        """Clip the gradients as the trainer asks for; by the norm that was just taken."""
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self._norm)
         else:
@@ -184,11 +188,11 @@ class FlowMatching(LightningModule):
         if not len(y):
             return  # the last of the global batches may be too small to give every process a sample
         # The places of this process's share in the global batch, see data.batches.
-        positions = torch.arange(len(y), device=self.device) * self.trainer.world_size + self.global_rank
+        positions = torch.arange(len(y)) * self.trainer.world_size + self.global_rank
         first, last = self.objective.density.support
-        t = first + (last - first) * fixed_times(batch_idx, positions)
+        t = first + (last - first) * fixed_times(batch_idx, positions)  # on the CPU, as in training
         # Only training goes through compiled code: another batch size, without gradients, would be compiled anew.
-        losses = reduce(self.objective.error(self.net.forward, x0, x1, y, t), "squared")
+        losses = reduce(self.objective.error(self.net.forward, x0, x1, y, t.to(self.device, non_blocking=True)), "squared")
         self.log(f"loss/{split}", losses.mean(), prog_bar=split == "val", batch_size=len(y), sync_dist=True)
         for interval, mean, count in losses_by_time(losses, t, first, last):
             self.log(f"loss_by_time/{split} {interval}", mean, batch_size=count, sync_dist=True)
