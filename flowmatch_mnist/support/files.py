@@ -121,5 +121,5 @@ def digest(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     sha = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name, value in sorted(weights.items()):
         sha.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        sha.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        sha.update(value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
