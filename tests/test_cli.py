@@ -212,6 +212,7 @@ def test_two_processes_share_the_steps_that_one_would_take(tmp_path, data_dir, m
     assert len(list(versions[0].glob("events.*"))) == 1, "one process logs"
     assert len(list((versions[0] / "samples").glob("grid-*.png"))) == 2, "and one draws"
     assert done.stdout.count("epoch 2, step 12:") == 1
+    assert "2 processes take 16 samples each, 32 a step; for the steps of one process set --data.batch_size 8" in done.stdout
 
     monkeypatch.setattr(cli, "CLI", cli.CLI)  # put back afterwards: two_ranks.py replaces it
     done = run_here("tests/two_ranks.py", *common, "--data.batch_size", 32, cwd=tmp_path)

@@ -1,6 +1,5 @@
 """Training in this process: what is averaged is what is sampled, and a resumed run sees what the whole one saw."""
 
-import copy
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from flowmatch_mnist.data.digits import MNISTDataModule
 from flowmatch_mnist.networks.unet import UNet
 from flowmatch_mnist.sampling.generate import Sampler
-from flowmatch_mnist.sampling.weights import load
 from flowmatch_mnist.training.console import Bar, Report
 from flowmatch_mnist.training.distributed import interleave
 from flowmatch_mnist.training.drawing import DrawSamples
@@ -149,20 +147,6 @@ def test_trains_in_bf16_with_clipped_gradients_and_keeps_weights_in_fp32(data_di
     assert torch.bfloat16 in dtypes
     assert len(norms) == 10 and max(norms) < 0.0101
     assert {p.dtype for p in module.parameters()} == {torch.float32}
-
-
-def test_compiling_leaves_the_names_of_the_weights_and_the_checkpoint_loads(data_dir, tmp_path):
-    net = UNet((4,), (1,), (False,))  # small, since what takes long is the compiling
-    settings = {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 0}
-    trainer, module, data = make(data_dir, tmp_path, [EMA()], net, **settings)
-    module.compiles = True
-    names = list(copy.deepcopy(module).state_dict())
-    trainer.fit(module, data)
-    trainer.save_checkpoint(tmp_path / "compiled.ckpt")
-    saved = torch.load(tmp_path / "compiled.ckpt", weights_only=True)
-    assert list(saved["state_dict"]) == list(saved["current_model_state"]) == names
-    assert not any("_orig_mod" in name for name in names)
-    assert load(tmp_path / "compiled.ckpt")[0].net.arguments == module.net.arguments
 
 
 def test_the_report_prints_a_line_for_each_epoch(data_dir, tmp_path, capsys):

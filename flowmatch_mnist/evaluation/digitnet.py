@@ -6,6 +6,7 @@ trains it.
 
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from flowmatch_mnist.images.pixels import PIXELS
@@ -69,4 +70,5 @@ def digitnet() -> DigitNet:
             f"cannot read {WEIGHTS}: it is missing or damaged; install the package again, or train the classifier "
             "with `python -m flowmatch_mnist.digitnet`"
         ) from error
-    return net.eval().requires_grad_(False)
+    # Channels last, it is twice as fast on a processor.
+    return net.to(memory_format=torch.channels_last).eval().requires_grad_(False)

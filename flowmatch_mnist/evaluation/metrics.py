@@ -19,12 +19,13 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from flowmatch_mnist.evaluation.digitnet import DigitNet, digitnet
+from flowmatch_mnist.sampling.generate import default_batch_size
 from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.devices import full_float32
 from flowmatch_mnist.support.errors import UserError
 
 CHUNK = 1000
-"""How many images are looked at, or have their distances taken, at a time."""
+"""How many images have their distances taken at a time."""
 
 COPIES_AMONG = 2000
 """Of how many held-out images the distances to the training images are taken: that is what costs most."""
@@ -117,7 +118,7 @@ def read_digits(net: DigitNet, images: Tensor) -> tuple[Tensor, Tensor]:
     The net may be anywhere. What is measured on the features is measured on the CPU, where there is float64.
     """
     device = net.head.weight.device
-    features = torch.cat([net.features(some.to(device)) for some in images.split(CHUNK)])
+    features = torch.cat([net.features(some.to(device)) for some in images.split(default_batch_size(device))])
     return features.cpu().double(), net.head(features).argmax(1).cpu()
 
 

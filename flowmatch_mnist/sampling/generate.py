@@ -180,7 +180,7 @@ class Samples:
 
 
 def default_batch_size(device: torch.device | str) -> int:
-    """How many samples are drawn at a time: few stay in the caches of a processor, and many keep a GPU busy."""
+    """How many samples go through a network at a time: few stay in a processor's caches, and many keep a GPU busy."""
     return 100 if torch.device(device).type == "cpu" else 1000
 
 
