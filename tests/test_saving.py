@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -16,7 +15,7 @@ import fuzz
 import pytest
 import resume
 import torch
-from conftest import ROOT, TINY, assert_one_line_error, run, run_here
+from conftest import ROOT, TINY, assert_one_line_error, run, run_here, unix
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -115,6 +114,7 @@ def test_a_run_goes_on_to_the_bit_from_every_checkpoint_it_ever_kept(settings, t
         assert getattr(more, "drawn", []) == [step for step in drawings.drawn if step > begun_at], path
 
 
+@unix
 def test_a_run_that_is_killed_ends_where_the_one_left_alone_does(data_dir):
     short = ["--trainer.max_steps", "50"]
     whole, seconds = resume.alone(short, data_dir)
@@ -123,6 +123,7 @@ def test_a_run_that_is_killed_ends_where_the_one_left_alone_does(data_dir):
     assert done >= 2 and not wrong
 
 
+@unix
 def test_sigterm_finishes_the_step_saves_says_where_and_ends_with_its_status(tmp_path, data_dir):
     arguments = ["--config", TINY, "--data.data_dir", data_dir, "--trainer.max_epochs", 100, "--sampling.every_n_epochs", 0]
     two = ["--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.strategy", "ddp"]
@@ -216,8 +217,11 @@ def test_what_a_killed_writer_left_is_cleared_away(tmp_path, data_dir, monkeypat
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
 
 
+@unix
 @pytest.mark.parametrize("name", ["last.ckpt", "some.safetensors"])
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, name):
+    import resource
+
     path = tmp_path / name
 
     def write(values):
@@ -250,6 +254,7 @@ def small_disk(folder: Path, size: str):
         subprocess.run(["umount", folder], check=True)
 
 
+@unix
 def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_whole(tmp_path, data_dir):
     with small_disk(tmp_path, "2m"):
         arguments = ["--config", TINY, "--data.data_dir", data_dir, "--saving.every_n_steps", 1]
@@ -315,6 +320,7 @@ def test_weights_are_refused_if_anything_in_them_has_changed(tmp_path):
         load_weights(path)
 
 
+@unix
 def test_damaged_files_and_malformed_commands_get_one_line(tmp_path, data_dir, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for what, (counts, slips) in fuzz.fuzz_files(12, 1, tmp_path, data_dir.resolve()).items():
@@ -341,6 +347,7 @@ def test_the_process_ends_at_once_on_a_second_signal():
     assert ended == [signal.SIGTERM]
 
 
+@unix
 def test_processes_that_wait_for_each_other_end_together(tmp_path, data_dir):
     two = ["--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.strategy", "ddp"]
     arguments = ["fit", "--config", TINY, "--data.data_dir", data_dir, *two]

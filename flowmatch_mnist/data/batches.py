@@ -76,6 +76,7 @@ class Batches:
         order = torch.arange(samples)
         if self.seed is not None:
             order = torch.randperm(samples, generator=streams.generator("cpu", self.seed, "order", epoch))
+        order = order.to(self.tensors[0].device)
         # A run that was saved at the end of an epoch goes on with the next one, from its start.
         first = self._resume_at[1] if self._resume_at and self._resume_at[0] == epoch else 0
         self._resume_at = None

@@ -97,10 +97,16 @@ class PairsDataModule(LightningDataModule):
         return torch.randn(samples, *self.problem.shape, generator=streams.generator("cpu", "fixed noise", split))
 
     def train_dataloader(self) -> Batches:
-        """Batches (data, labels) in an order that is a function of (seed, epoch)."""
+        """Batches (data, labels) in an order that is a function of (seed, epoch).
+
+        On a GPU they are cut from data that live there, unless workers cut them: a step then sends nothing to it.
+        """
         rank, world_size = self._place
+        tensors = self.splits["train"]
+        if self.trainer is not None and not self.num_workers:
+            tensors = tuple(tensor.to(self.trainer.strategy.root_device) for tensor in tensors)
         return Batches(
-            *self.splits["train"],
+            *tensors,
             batch_size=self.batch_size * world_size,
             rank=rank,
             world_size=world_size,

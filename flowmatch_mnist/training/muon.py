@@ -17,27 +17,48 @@ def orthogonalize(matrices: Sequence[Tensor], iterations: int = 5) -> list[Tenso
     """Push all singular values of each matrix towards 1, by a Newton-Schulz iteration: (rows, columns) each -> same shapes.
 
     The quintic's coefficients are Jordan's: after five rounds every singular value that was not tiny lies in about 0.7 to 1.2.
-    Each round multiplies x by a polynomial of x x^T. So the rounds are done on that small square matrix, for all x whose is of
-    the same size at once, and x itself is multiplied once, by their product.
+    Each round multiplies x by a polynomial of x x^T. So the rounds are done on that small square matrix, for many x at once,
+    and x itself is multiplied once, by their product.
     """
     wide = [x if x.shape[0] <= x.shape[1] else x.mT for x in matrices]
+    results = by_size(wide, iterations) if wide[0].device.type == "cpu" else in_one_batch(wide, iterations)
+    return [x if x.shape == m.shape else x.mT for x, m in zip(results, matrices, strict=True)]
+
+
+def by_size(wide: Sequence[Tensor], iterations: int) -> list[Tensor]:
+    """`orthogonalize` of wide matrices, those with as many rows together: the fewest operations, for a processor."""
     sizes: dict[int, list[int]] = defaultdict(list)
     for n, x in enumerate(wide):
         sizes[len(x)].append(n)
     results = list(wide)
-    for size, members in sizes.items():
-        identity = torch.eye(size, dtype=wide[0].dtype, device=wide[0].device)
-        gram = torch.stack([wide[n] @ wide[n].mT for n in members])
-        # The squared Frobenius norm of x is the trace of x x^T.
-        norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].sqrt() + 1e-7
-        gram, product = gram / norm**2, identity / norm
-        for _ in range(iterations):
-            polynomial = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
-            gram = polynomial @ gram @ polynomial
-            product = polynomial @ product
-        for n, factor in zip(members, product, strict=True):
+    for members in sizes.values():
+        factors = newton_schulz(torch.stack([wide[n] @ wide[n].mT for n in members]), iterations)
+        for n, factor in zip(members, factors, strict=True):
             results[n] = factor @ wide[n]
-    return [x if x.shape == m.shape else x.mT for x, m in zip(results, matrices, strict=True)]
+    return results
+
+
+def in_one_batch(wide: Sequence[Tensor], iterations: int) -> list[Tensor]:
+    """`orthogonalize` of wide matrices, all made one size by zeros, which stay zeros: the fewest launches, for a GPU."""
+    batch = wide[0].new_zeros(len(wide), max(x.shape[0] for x in wide), max(x.shape[1] for x in wide))
+    places = [whole[: x.shape[0], : x.shape[1]] for whole, x in zip(batch, wide, strict=True)]
+    for place, x in zip(places, wide, strict=True):
+        place.copy_(x)
+    batch.copy_(newton_schulz(batch @ batch.mT, iterations) @ batch)
+    return places
+
+
+def newton_schulz(gram: Tensor, iterations: int) -> Tensor:
+    """What each x is to be multiplied by, from its x x^T: (n, size, size) -> same shape."""
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    # The squared Frobenius norm of x is the trace of x x^T.
+    norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].sqrt() + 1e-7
+    gram, product = gram / norm**2, identity / norm
+    for _ in range(iterations):
+        polynomial = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
+        gram = polynomial @ gram @ polynomial
+        product = polynomial @ product
+    return product
 
 
 class Muon(AdamW):
