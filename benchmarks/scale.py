@@ -69,7 +69,7 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.device != "cpu":
-            torch.cuda.synchronize()
+            torch.accelerator.synchronize()
         return time.perf_counter() - start
 
 

@@ -1,0 +1,109 @@
+"""All that is to be said of a GPU, in one run of under nine minutes on a data-centre card.
+
+    pip install -e '.[rivals]' && python benchmarks/gpu.py        writes docs/gpu.json, and a picture of what each config drew
+
+Each part has its seconds. One that fails, or takes longer, is noted, and the next begins; the file is written after each part.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from scoring import digit_scorer, scores
+
+from flowmatch_mnist.images.pictures import grid, save_png
+from flowmatch_mnist.sampling.generate import generate
+from flowmatch_mnist.sampling.weights import load_digits, newest_checkpoint
+from flowmatch_mnist.support.choices import PRETRAINED
+from flowmatch_mnist.support.devices import default_device
+from flowmatch_mnist.support.errors import exit_on_error
+from flowmatch_mnist.support.files import save_json
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(seconds: int, script: str, *arguments: object) -> dict[str, Any]:
+    """Run a script of this project: how long it took, and the last lines that it printed."""
+    start = time.perf_counter()
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{script} ended with status {done.returncode}: {(done.stderr or done.stdout)[-500:]}")
+    return {"seconds": round(time.perf_counter() - start, 1), "printed": done.stdout.splitlines()[-20:]}
+
+
+def train(options: argparse.Namespace, config: str, seconds: int, *arguments: object) -> dict[str, Any]:
+    """Time to quality: the seconds from the command to its end, and the scores of what came out."""
+    quiet = ["--evaluation.every_n_steps=0", "--evaluation.every_n_epochs=0", "--sampling.every_n_steps=0"]
+    quiet += ["--sampling.every_n_epochs=0", "--name", f"gpu_{config}", *arguments]
+    found = run(seconds, "train.py", "fit", "--config", ROOT / f"configs/{config}.yaml", *quiet)
+    return found | draw(options, newest_checkpoint(name=f"gpu_{config}"), config)
+
+
+def draw(options: argparse.Namespace, path: Path, name: str) -> dict[str, Any]:
+    """Digits per second, once all is warm, and their scores; some are kept as a picture."""
+    _, flow, sampler = load_digits(path, options.device)
+    labels = torch.arange(options.samples) % 10
+    generate(flow, labels[:100], sampler)
+    start = time.perf_counter()
+    digits = generate(flow, labels, sampler)
+    rate = len(labels) / (time.perf_counter() - start)
+    save_png(grid(digits.values[:100], 10), options.out.with_name(f"{options.out.name}_{name}.png"))
+    return {"evaluations": digits.evaluations, "digits/s": round(rate, 1), **scores(options.score(digits))}
+
+
+def parts(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What is measured, in the order of its worth."""
+    return {
+        "quick": lambda: train(options, "quick", 150),
+        "sampling": lambda: {name: draw(options, path, name) for name, path in PRETRAINED.items()},
+        "a step beside torchcfm's": lambda: run(90, "benchmarks/speed.py", "--rounds", 4, "--torchcfm", 5),
+        "mnist": lambda: train(options, "mnist", 240),
+        "batches and widths": lambda: run(120, "benchmarks/scale.py", "--batches", 256, 1024, "--factors", 2, "--turns", 5),
+        "a run that is killed goes on": lambda: run(
+            120, "benchmarks/resume.py", "--gpu", "--kills", 1, "--ways", "SIGKILL", "--data-dir", ROOT / "data"
+        ),
+        "two GPUs": lambda: train(options, "quick", 150, "--trainer.devices", 2, "--trainer.strategy", "ddp"),
+    }
+
+
+def main() -> None:
+    """Measure part after part, and write what was found after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--parts", nargs="+", help="some of: quick, sampling, mnist, ... (default: all that there are GPUs for)"
+    )
+    parser.add_argument("--samples", type=int, default=2000, help="digits drawn with each model (default: 2000)")
+    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--out", type=Path, default=Path("docs/gpu"), help="of file and pictures, without ending")
+    options = parser.parse_args()
+    options.score = digit_scorer(device=options.device)
+    count = torch.accelerator.device_count()
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else options.device,
+        "devices": count,
+        "torch": torch.__version__,
+        "samples": options.samples,
+        "parts": {},
+    }
+    chosen = options.parts or [name for name in parts(options) if name != "two GPUs" or count > 1]
+    begun = time.perf_counter()
+    for name in chosen:
+        try:
+            found["parts"][name] = parts(options)[name]()
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            found["parts"][name] = {"failed": str(error)[:600]}
+        found["seconds"] = round(time.perf_counter() - begun, 1)
+        save_json(options.out.with_suffix(".json"), found)
+        print(f"{name}: {json.dumps(found['parts'][name])[:600]}", flush=True)
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main()
