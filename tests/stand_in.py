@@ -86,6 +86,10 @@ class Machine:
     def wait(self, what: str) -> None:
         self.waits[self.step][f"{what}, {place()}"] += 1
 
+    def waited(self) -> int:
+        """How often the host has waited so far."""
+        return sum(sum(counts.values()) for counts in self.waits.values())
+
     def run(self, func, args, kwargs):
         """Compute an operation of PyTorch's."""
         name = str(func).removeprefix("aten.").removesuffix(".default")
@@ -255,19 +259,20 @@ def install(rules: str) -> None:
 def main() -> None:
     install(sys.argv[1])
     warnings.simplefilter("ignore")
-    statuses = []
+    statuses, waited = [], []
     for command in json.loads(sys.argv[2]):
         sys.argv[:] = [str(ROOT / command[0]), *command[1:]]
-        MACHINE.step, begun = 0, time.perf_counter()
+        MACHINE.step, begun, before = 0, time.perf_counter(), MACHINE.waited()
         try:
             with Watch(), contextlib.redirect_stdout(sys.stderr):
                 runpy.run_path(sys.argv[0], run_name="__main__")
             statuses.append(0)
         except SystemExit as ended:
             statuses.append(ended.code or 0)
+        waited.append(MACHINE.waited() - before)
         print(f"{time.perf_counter() - begun:.1f} s, status {statuses[-1]}: {' '.join(command)}", file=sys.stderr)
     waits = {step: dict(counts) for step, counts in MACHINE.waits.items()}
-    print(json.dumps({"statuses": statuses, "faults": sorted(MACHINE.faults), "waits": waits}))
+    print(json.dumps({"statuses": statuses, "waited": waited, "faults": sorted(MACHINE.faults), "waits": waits}))
 
 
 if __name__ == "__main__":

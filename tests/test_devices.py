@@ -62,6 +62,7 @@ def commands(data_dir):
         "gif": ["sample.py", "3", "--checkpoint", LAST, "--out", "three.gif"],
         "image": ["sample.py", "3", "--checkpoint", LAST, "--from-image", "test:0", "--data-dir", data_dir],
     }
+    found["many steps"] = ["sample.py", "0-9", "--checkpoint", LAST, "--solver", "euler", "--steps", 12]
     for solver in SOLVERS:
         weights = ["--checkpoint", "runs/mean/version_0/checkpoints/last.ckpt" if solver == "average" else LAST]
         found[solver] = ["sample.py", "0-9", *weights, "--solver", solver, "--steps", 3]
@@ -82,6 +83,8 @@ def test_every_command_keeps_the_rules_of_the_device(rules, tmp_path, data_dir):
     # Every other step of the tiny config is logged. A step that is not makes the host wait for nothing.
     steps = {int(step): sum(counts.values()) for step, counts in found["waits"].items()}
     assert not {step: found["waits"][str(step)] for step in steps if step % 2}
+    waited = dict(zip(asked, found["waited"], strict=True))
+    assert waited["many steps"] == waited["euler"], "a step of a solver waits for nothing either"
     assert {2, 4} <= set(steps) and max(steps[2], steps[4]) <= 8
 
 

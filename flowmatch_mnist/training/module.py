@@ -53,7 +53,7 @@ class FlowMatching(LightningModule):
         sampler: how digits are drawn: by the callbacks, and by `predict`.
         start: trained weights to begin with, a file or a name of weights in the package; by default they are drawn at random.
         compile: whether training steps run through `torch.compile`. It takes a minute or so, and pays in longer runs.
-        channels_last: whether images and weights are laid out channels last, which suits GPUs and compiled code.
+        channels_last: whether images and weights are laid out channels last, which makes convolutions on a processor faster.
         on_non_finite: what to do in a step whose gradients are not all finite: "stop" the run, or "skip" the step.
         seed: of times, label dropout and the network's own dropout; the command line sets it from `seed_everything`.
         objective: what is learned, the arguments of `flow.loss.FlowLoss`: path, prediction, times, weighting, loss, ...
