@@ -248,6 +248,7 @@ def test_two_processes_share_the_steps_that_one_would_take(tmp_path, data_dir, m
         (["--data.val_size", "60000"], ["val_size"]),
         (["--ema.decay", "1.5"], ["decay"]),
         (["--trainer.accelerator", "abacus"], ["abacus"]),
+        (["--trainer.precision", "transformer-engine"], ["transformer_engine"]),
         (["--ckpt_path", "nowhere.ckpt"], ["nowhere.ckpt"]),
         (["--ckpt_path", "last", "--name", "never"], ["runs/never"]),
         (["--ckpt_path", "broken.ckpt"], ["broken.ckpt", "damaged"]),

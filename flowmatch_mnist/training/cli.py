@@ -96,7 +96,7 @@ class CLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError, RuntimeError, MemoryError, MisconfigurationException) as error:
+        except (ValueError, TypeError, RuntimeError, ImportError, MemoryError, MisconfigurationException) as error:
             raise UserError(f"{explain(error)[:600]}; mend the config or the command line") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
