@@ -3,6 +3,7 @@
     pip install -e '.[rivals]' && python benchmarks/gpu.py        writes docs/gpu.json, and a picture of what each config drew
 
 Each part has its seconds. One that fails, or takes longer, is noted, and the next begins; the file is written after each part.
+No part begins after --seconds.
 """
 
 import argparse
@@ -64,11 +65,13 @@ def parts(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
         "quick": lambda: train(options, "quick", 150),
         "sampling": lambda: {name: draw(options, path, name) for name, path in PRETRAINED.items()},
         "a step beside torchcfm's": lambda: run(90, "benchmarks/speed.py", "--rounds", 4, "--torchcfm", 5),
-        "mnist": lambda: train(options, "mnist", 240),
+        "gpu": lambda: train(options, "gpu", 150),
+        "gpu, CUDA graphs": lambda: train(options, "gpu", 150, "--model.compile", "reduce-overhead"),
         "batches and widths": lambda: run(120, "benchmarks/scale.py", "--batches", 256, 1024, "--factors", 2, "--turns", 5),
         "a run that is killed goes on": lambda: run(
             120, "benchmarks/resume.py", "--gpu", "--kills", 1, "--ways", "SIGKILL", "--data-dir", ROOT / "data"
         ),
+        "mnist": lambda: train(options, "mnist", 240),
         "two GPUs": lambda: train(options, "quick", 150, "--trainer.devices", 2, "--trainer.strategy", "ddp"),
     }
 
@@ -79,6 +82,7 @@ def main() -> None:
     parser.add_argument(
         "--parts", nargs="+", help="some of: quick, sampling, mnist, ... (default: all that there are GPUs for)"
     )
+    parser.add_argument("--seconds", type=float, default=420, help="after which no part begins (default: 420)")
     parser.add_argument("--samples", type=int, default=2000, help="digits drawn with each model (default: 2000)")
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--out", type=Path, default=Path("docs/gpu"), help="of file and pictures, without ending")
@@ -95,6 +99,8 @@ def main() -> None:
     chosen = options.parts or [name for name in parts(options) if name != "two GPUs" or count > 1]
     begun = time.perf_counter()
     for name in chosen:
+        if time.perf_counter() - begun > options.seconds:
+            break
         try:
             found["parts"][name] = parts(options)[name]()
         except (RuntimeError, subprocess.TimeoutExpired) as error:

@@ -194,6 +194,17 @@ def test_without_a_compiler_the_run_goes_on_uncompiled_and_says_so_in_one_line(t
     assert run_here("sample.py", 7, cwd=tmp_path).returncode == 0
 
 
+@pytest.mark.parametrize(("asked", "mode"), [("true", None), ("reduce-overhead", "reduce-overhead"), ("false", "never")])
+def test_the_way_of_compiling_is_the_one_asked_for(asked, mode, tmp_path, monkeypatch):
+    modes = []
+    monkeypatch.setattr(MLP, "compile", lambda net, mode="unnamed": modes.append(mode))
+    toy = ("--config", ROOT / "configs/toy.yaml", "--trainer.max_steps", 1, "--data.samples", 1000)
+    quiet = ("--evaluation.every_n_epochs", 0, "--sampling.every_n_epochs", 0)
+    done = run_here("train.py", *toy, *quiet, "--model.compile", asked, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert modes == ([] if mode == "never" else [mode])
+
+
 def test_two_processes_train_compiled_and_the_names_of_the_weights_stay(tmp_path):
     toy = ("--config", ROOT / "configs/toy.yaml", "--model.compile", "true", "--trainer.max_epochs", 1, "--data.samples", 4000)
     two = ("--trainer.devices", 2, "--trainer.strategy", "ddp", "--evaluation.every_n_epochs", 0)

@@ -18,10 +18,15 @@ def default_device() -> str:
     return "cpu" if found is None else found.type
 
 
-def compile_in_place(net: nn.Module, device: torch.device) -> None:
+def compile_in_place(net: nn.Module, device: torch.device, mode: str | None) -> None:
     """Compile a network's calls, which leaves the names of its weights as they are; or say why that does not work here.
 
     Without a C++ compiler (on a processor) or Triton (on a GPU) it does not, and training goes on uncompiled.
+
+    Args:
+        net: the network.
+        device: where it is.
+        mode: of `torch.compile`.
     """
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(2, device=device))
@@ -29,7 +34,7 @@ def compile_in_place(net: nn.Module, device: torch.device) -> None:
         why = one_line(error).partition(" Set TORCHDYNAMO")[0][:200]
         log.warning("training without torch.compile, which is slower; it does not work here: %s", why)
     else:
-        net.compile()
+        net.compile(mode=mode)
 
 
 def widest_float(device: torch.device) -> torch.dtype:

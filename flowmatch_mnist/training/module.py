@@ -52,7 +52,8 @@ class FlowMatching(LightningModule):
         decay: how the learning rate falls from there to the run's end.
         sampler: how digits are drawn: by the callbacks, and by `predict`.
         start: trained weights to begin with, a file or a name of weights in the package; by default they are drawn at random.
-        compile: whether training steps run through `torch.compile`. It takes a minute or so, and pays in longer runs.
+        compile: whether training steps run through `torch.compile`. It takes a minute or so, and pays in longer runs. On a GPU
+            "reduce-overhead" also records the launches, as CUDA graphs.
         channels_last: whether images and weights are laid out channels last, which makes convolutions on a processor faster.
         on_non_finite: what to do in a step whose gradients are not all finite: "stop" the run, or "skip" the step.
         seed: of times, label dropout and the network's own dropout; the command line sets it from `seed_everything`.
@@ -72,7 +73,7 @@ class FlowMatching(LightningModule):
         decay: Decay = "cosine",
         sampler: Sampler | None = None,
         start: str | None = None,
-        compile: bool = False,
+        compile: bool | Literal["reduce-overhead"] = False,
         channels_last: bool = False,
         on_non_finite: Literal["stop", "skip"] = "stop",
         seed: int = 0,
@@ -131,7 +132,7 @@ class FlowMatching(LightningModule):
         """Load the teacher, if there is one, and compile."""
         self.objective.prepare(lambda teacher: load_teacher(teacher, self.net, self.device))
         if self.compiles:
-            compile_in_place(self.net, self.device)
+            compile_in_place(self.net, self.device, None if self.compiles is True else self.compiles)
 
     def training_step(self, batch: Pairs, batch_idx: int) -> Tensor:
         """Draw the times, and return the mean loss of the batch."""
