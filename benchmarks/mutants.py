@@ -34,7 +34,7 @@ EQUIVALENT = {
     ): "the offset is uniform modulo 1",
     (
         "flow.times",
-        "sign flipped in `positions.double() * golden + batch_index * root_two`",
+        "sign flipped in `positions.to(widest_float(positions.device)) * golden + batch_index * root_two`",
     ): "either way, another shift per batch",
 }
 """Mutants that are no mistake, and why. They are not tried."""
