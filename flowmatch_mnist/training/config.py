@@ -25,8 +25,8 @@ class LogConfig(SaveConfigCallback):
         """Write it. Lightning calls this in one process."""
         if self.folder:
             with replacing(Path(self.folder) / "config.yaml") as temporary:
-                self.parser.save(self.config, temporary, skip_none=False, overwrite=True, multifile=False)
-        text = self.parser.dump(self.config, skip_none=False)
+                self.parser.save(self.config, temporary, skip_unset=False, overwrite=True, multifile=False)
+        text = self.parser.dump(self.config, skip_unset=False)
         headlines = trainer.datamodule.problem.headlines  # type: ignore[attr-defined]
         log_run(trainer, text, hyperparameters(vars(self.config.as_flat())), headlines)
 
