@@ -59,6 +59,31 @@ def test_the_average_is_warmed_up_and_follows_its_definition(data_dir, tmp_path)
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
+class Normalised(UNet):
+    """A network of a user's, whose batch normalisation keeps statistics as buffers."""
+
+    def __init__(self):
+        super().__init__((4, 8, 8), (1, 1, 1))
+        self.norm = torch.nn.BatchNorm2d(1)
+
+    def forward(self, x, t, y, until=None):
+        return super().forward(self.norm(x), t, y, until)
+
+
+def test_buffers_are_averaged_and_whole_numbers_among_them_copied(data_dir, tmp_path):
+    class Follow(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            now = module.net.norm.running_var.clone()
+            self.average = 0.1 * self.average + 0.9 * now if trainer.global_step > 1 else now
+
+    ema, follow = EMA(decay=0.1), Follow()
+    trainer, module, data = make(data_dir, tmp_path, [follow, ema], Normalised(), limit_val_batches=0)
+    trainer.fit(module, data)
+    norm = average_of(ema).net.norm
+    torch.testing.assert_close(norm.running_var, follow.average)
+    assert norm.num_batches_tracked == 10
+
+
 class DrawTwice(DrawSamples):
     """Draws, perturbs the raw weights, draws again; then perturbs the averaged ones, and draws a third time."""
 

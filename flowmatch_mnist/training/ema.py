@@ -1,11 +1,14 @@
 """Averaged weights: what is validated, sampled, and kept in checkpoints."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor
 
 from flowmatch_mnist.sampling.generate import Flow
 from flowmatch_mnist.training.internals import average_of
@@ -38,14 +41,20 @@ class EMA(WeightAveraging):
     ) -> None:
         """Update the average after every optimizer step, the first time to the weights themselves.
 
-        PyTorch's own update reads its count of updates from the device, for which a GPU would be waited for.
+        Buffers are averaged too, such as the statistics of batch normalisation; whole numbers among them are copied. PyTorch's
+        own update reads its count of updates from the device, for which a GPU would be waited for.
         """
         average = average_of(self)
         if average is None or trainer.global_step == self._step:
             return
         n = trainer.global_step - 1
         decay = min(self.decay, (1 + n) / (10 + n)) if self._step else 0.0
-        torch._foreach_lerp_(list(average.parameters()), list(pl_module.parameters()), 1 - decay)
+        pairs = list(zip(tensors(average), tensors(pl_module), strict=True))
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_([mean for mean, _ in floats], [now for _, now in floats], 1 - decay)
+        for mean, now in pairs:
+            if not mean.is_floating_point():
+                mean.copy_(now)
         self._step = trainer.global_step
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -63,6 +72,11 @@ class EMA(WeightAveraging):
         """Restore the average where a run goes on; elsewhere the module's own weights, as saved, are the average."""
         if average_of(self) is not None:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+
+def tensors(module: LightningModule) -> Iterator[Tensor]:
+    """Its parameters and buffers."""
+    return chain(module.parameters(), module.buffers())
 
 
 def averaged_flow(trainer: Trainer, module: FlowMatching) -> Flow:
