@@ -16,8 +16,9 @@ from torch import Tensor
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.images.pictures import grid, save_gif, save_npz, save_png
 from flowmatch_mnist.sampling.generate import Flow, draw_noise, generate, interpolate, invert
-from flowmatch_mnist.sampling.weights import PRETRAINED, load_digits, with_changes
+from flowmatch_mnist.sampling.weights import load_digits, with_changes
 from flowmatch_mnist.support import streams
+from flowmatch_mnist.support.choices import PRETRAINED
 from flowmatch_mnist.support.devices import default_device
 from flowmatch_mnist.support.errors import UserError
 

@@ -157,11 +157,11 @@ class CLI(LightningCLI):
                 flush=True,
             )
             if (processes := self.trainer.world_size) > 1:
-                size = self.datamodule.batch_size
+                batch = self.datamodule.batch_size
                 print(
-                    f"{processes} processes take {size} samples each, {processes * size} a step; for the steps of one process "
-                    f"set --data.batch_size {max(1, size // processes)}; for larger ones raise --model.optimizer.lr, such as "
-                    f"{processes**0.5:.2g} times",
+                    f"{processes} processes take {batch} samples each, {processes * batch} a step; for the steps of one "
+                    f"process set --data.batch_size {max(1, batch // processes)}; for larger ones raise "
+                    f"--model.optimizer.lr, such as {processes**0.5:.2g} times",
                     flush=True,
                 )
 

@@ -18,8 +18,8 @@ SEE_HELP = "; see `python train.py fit --help`"
 BASES: dict[str, type[object]] = {"model.net": Network, "model.times": TimeDensity, "data": PairsDataModule}
 """Whose subclasses a setting names."""
 
-
 load_yaml = get_loader("yaml")
+"""jsonargparse's own, which `accept_older_configs` builds on."""
 
 
 def accept_older_configs() -> None:
