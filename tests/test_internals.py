@@ -131,11 +131,16 @@ def check_on_sigterm(tmp_path):
     assert heard == [signal.SIGTERM]
 
 
-def check_slurm_requeues(tmp_path):
-    told = []
-    for plugins in ([], [SLURMEnvironment(auto_requeue=True)], [SLURMEnvironment(auto_requeue=False)]):
-        told.append(internals.slurm_requeues(Trainer(accelerator="cpu", logger=False, plugins=plugins)))
-    assert told == [False, True, False]
+def check_take_over_requeueing(tmp_path):
+    for plugins, told in (
+        ([], None),
+        ([SLURMEnvironment(auto_requeue=True)], signal.SIGUSR1),
+        ([SLURMEnvironment(auto_requeue=True, requeue_signal=signal.SIGUSR2)], signal.SIGUSR2),
+        ([SLURMEnvironment(auto_requeue=False)], None),
+    ):
+        trainer = Trainer(accelerator="cpu", logger=False, plugins=plugins)
+        assert internals.take_over_requeueing(trainer) == told
+        assert internals.take_over_requeueing(trainer) is None, "it is no longer Lightning's"
 
 
 @pytest.mark.parametrize("name", FENCED)

@@ -217,7 +217,7 @@ class Pictures(CSVLogger):
 
 
 def test_every_logger_gets_what_it_can_take(data_dir, tmp_path):
-    loggers = [CSVLogger(tmp_path, "plain"), Pictures(tmp_path, "pictures"), Board(tmp_path, "board")]
+    loggers = [CSVLogger(tmp_path, "plain"), Pictures(tmp_path, "pictures"), Board(tmp_path / "board")]
     callbacks = [EMA(), DrawSamples(rows=1), Evaluate(every_n_epochs=1, samples=20)]
     trainer, module, data = make(data_dir, tmp_path, callbacks, max_epochs=1, log_every_n_steps=1)
     trainer.loggers = loggers
@@ -232,7 +232,7 @@ def test_every_logger_gets_what_it_can_take(data_dir, tmp_path):
 
 
 def test_what_a_run_is_goes_to_every_logger(tmp_path):
-    plain, board = CSVLogger(tmp_path, "plain"), Board(tmp_path, "board")
+    plain, board = CSVLogger(tmp_path, "plain"), Board(tmp_path / "board")
     trainer = Trainer(logger=[plain, board], accelerator="cpu")
     log_run(trainer, "lr: 3\nname: tiny", {"lr": 3.0, "kind": "UNet"}, ["quality/recall"])
     log_curve(trainer, "quality_by_evaluations/recall", {2: 0.5, 8: 0.75})

@@ -40,6 +40,7 @@ class Batches:
         rank, world_size: which share of each batch is this process's.
         seed: of the order; None keeps the order of the tensors.
         epoch: asked at the start of each pass.
+        same_order: whether all epochs have the order of the first, as for training on a few batches alone.
         drop_last: whether to leave out a last batch that is not full.
         num_workers: processes that cut the slices ahead of time; with 0 it is done when a batch is asked for.
     """
@@ -52,6 +53,7 @@ class Batches:
         world_size: int = 1,
         seed: int | None = None,
         epoch: Callable[[], int] = lambda: 0,
+        same_order: bool = False,
         drop_last: bool = False,
         num_workers: int = 0,
     ) -> None:
@@ -61,6 +63,7 @@ class Batches:
         self.world_size = world_size
         self.seed = seed
         self.epoch = epoch
+        self.same_order = same_order
         self.drop_last = drop_last
         self.num_workers = num_workers
         self._at = (0, 0)  # epoch, and batches of it that are done
@@ -75,7 +78,8 @@ class Batches:
         epoch, samples = self.epoch(), len(self.tensors[0])
         order = torch.arange(samples)
         if self.seed is not None:
-            order = torch.randperm(samples, generator=streams.generator("cpu", self.seed, "order", epoch))
+            dice = streams.generator("cpu", self.seed, "order", 0 if self.same_order else epoch)
+            order = torch.randperm(samples, generator=dice)
         order = order.to(self.tensors[0].device)
         # A run that was saved at the end of an epoch goes on with the next one, from its start.
         first = self._resume_at[1] if self._resume_at and self._resume_at[0] == epoch else 0

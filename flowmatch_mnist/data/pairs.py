@@ -112,6 +112,7 @@ class PairsDataModule(LightningDataModule):
             world_size=world_size,
             seed=self.seed,
             epoch=lambda: self.trainer.current_epoch if self.trainer else 0,
+            same_order=self.trainer is not None and self.trainer.overfit_batches > 0,  # type: ignore[attr-defined]
             drop_last=True,
             num_workers=self.num_workers,
         )

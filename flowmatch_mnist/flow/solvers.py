@@ -183,7 +183,13 @@ def trajectory(
         reported = torch.stack(moments).to(x.device)
         options = {"step_t": reported[-1:], "dtype": widest_float(x.device)}
         settings = {"rtol": tolerance, "atol": tolerance, "options": options}
-        states: Iterator[Tensor] = iter(odeint(lambda t, x: v(x, t), x, reported, method="dopri5", **settings))
+        try:
+            states: Iterator[Tensor] = iter(odeint(lambda t, x: v(x, t), x, reported, method="dopri5", **settings))
+        except AssertionError as error:  # its way to say that no step is short enough, as where the velocity is not finite
+            raise FloatingPointError(
+                f"dopri5 finds no step that is short enough ({error}): the network's training diverged, or its velocity has a "
+                "jump; try another solver"
+            ) from error
         next(states)
     elif solver == "dpmpp_2m":
         states = dpmpp_2m(v, x, moments)

@@ -1,5 +1,6 @@
 """From files to networks: the checkpoints that training leaves, and the trained weights in the package."""
 
+import glob
 import inspect
 import json
 import logging
@@ -34,7 +35,7 @@ NETWORKS: dict[str, type[Network]] = {"UNet": UNet, "MLP": MLP}
 """The networks that a file may name. A file from a stranger must not choose what is imported."""
 
 
-def newest_checkpoint(runs: Path = Path("runs"), name: str = "*", file: str = "last.ckpt") -> Path:
+def newest_checkpoint(runs: Path = Path("runs"), name: str | None = None, file: str = "last.ckpt") -> Path:
     """The whole checkpoint called `file` that was written most recently, of the runs called `name` (any, by default).
 
     One that is damaged is named, and gives way to its run's `best.ckpt`, then to the next newest.
@@ -42,15 +43,16 @@ def newest_checkpoint(runs: Path = Path("runs"), name: str = "*", file: str = "l
     Raises:
         UserError: if there is none.
     """
-    found = [path for path in runs.glob(f"{name}/version_*/checkpoints/{file}") if path.is_file()]
+    pattern = "*" if name is None else glob.escape(name)
+    found = [path for path in runs.glob(f"{pattern}/*/checkpoints/{file}") if path.is_file()]
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
         for candidate in dict.fromkeys([path, path.with_name("best.ckpt")]):
             if not (wrong := damage(candidate)):
                 return candidate
             log.warning("passing over %s: %s", candidate, wrong)
     raise UserError(
-        f"no {'whole ' * bool(found)}{file} of a run below {runs}/{name}; train a model with `python train.py`, or name a "
-        "checkpoint"
+        f"no {'whole ' * bool(found)}{file} of a run below {runs if name is None else runs / name}; train a model with "
+        "`python train.py`, or name a checkpoint"
     )
 
 

@@ -1,6 +1,8 @@
 """Files are written whole or not at all, and read only if nothing in them has changed since."""
 
+import errno
 import hashlib
+import io
 import json
 import os
 import zipfile
@@ -33,13 +35,22 @@ def replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("r+b") as file:  # to write: Windows flushes no other file
-            os.fsync(file.fileno())
+            _flush(file.fileno())
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another place") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _flush(number: int) -> None:
+    """Have a file on the disk, where the file system can promise that; others keep what they get in their own way."""
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
 
 
 def save_json(path: Path, contents: dict[str, Any]) -> None:
@@ -55,6 +66,32 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
             torch.save(checkpoint, file)
         except RuntimeError as error:  # what PyTorch's writer makes of a file system's refusal
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        file.flush()
+        if not _loads(temporary):
+            wrong = [str(key) for key, part in _parts(checkpoint) if not _loads(part)]
+            raise UserError(
+                f"cannot write {path}: it would hold what no checkpoint may, in {', '.join(wrong)}; keep tensors and plain "
+                "values in the state of your callback, such as float(x) of a NumPy number"
+            )
+
+
+def _parts(checkpoint: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The parts of a checkpoint, and each callback's, with their names."""
+    for name, part in checkpoint.items():
+        yield from part.items() if name == "callbacks" else [(name, part)]
+
+
+def _loads(saved: Any) -> bool:
+    """Whether what is saved in a file, or would be saved of a value, can be read as tensors and plain values."""
+    file = saved if isinstance(saved, Path) else io.BytesIO()
+    try:
+        if isinstance(file, io.BytesIO):
+            torch.save(saved, file)
+            file.seek(0)
+        torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # torch.load raises whatever a value happens to lead to
+        return False
+    return True
 
 
 def damage(path: Path) -> str | None:

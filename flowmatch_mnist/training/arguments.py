@@ -7,6 +7,8 @@ from flowmatch_mnist.sampling.weights import newest_checkpoint
 
 RUNS = Path("runs")
 DEFAULT_CONFIG = Path("configs/mnist.yaml")
+NEWEST = ("last", "best")
+"""What stands for a checkpoint of the newest run."""
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 MOVED = {
     "unet": "networks.unet",
@@ -27,9 +29,9 @@ def today(text: str) -> str:
 
 
 def run_folder(checkpoint: Path) -> Path | None:
-    """The run `.../<name>/version_<n>` whose checkpoint this is, or None for a file that lies elsewhere."""
-    folder = checkpoint.parent.parent  # not made absolute: what ModelCheckpoint kept is for the folder as it was given
-    return folder if checkpoint.parent.name == "checkpoints" and re.fullmatch(r"version_\d+", folder.name) else None
+    """The run whose checkpoint this is, whatever its folder is called, or None for a file that lies elsewhere."""
+    folder = checkpoint.parent.parent
+    return folder if checkpoint.parent.name == "checkpoints" and (folder / "config.yaml").is_file() else None
 
 
 def complete(arguments: list[str]) -> list[str]:
@@ -55,9 +57,12 @@ def complete(arguments: list[str]) -> list[str]:
     config = DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else Path(__file__).resolve().parents[2] / DEFAULT_CONFIG
     checkpoint = option(arguments, "--ckpt_path")
     if checkpoint is not None:
-        folder = run_folder(find_checkpoint(checkpoint, option(arguments, "--name") or "*"))
-        if folder is not None and (folder / "config.yaml").is_file():
+        root, name = Path(option(arguments, "--trainer.default_root_dir") or RUNS), option(arguments, "--name")
+        folder = run_folder(find_checkpoint(checkpoint, name, root))
+        if folder is not None:
             config = folder / "config.yaml"
+            if name is None and checkpoint in NEWEST:
+                others += ["--name", folder.parent.name]  # the folder may have been renamed since
     return [arguments[0], "--config", str(config), *others]
 
 
@@ -71,6 +76,6 @@ def option(arguments: list[str], name: str) -> str | None:
     return None
 
 
-def find_checkpoint(wanted: str, name: str) -> Path:
-    """A checkpoint by its path; or `last` or `best`, that of the newest run called `name`."""
-    return newest_checkpoint(RUNS, name, f"{wanted}.ckpt") if wanted in ("last", "best") else Path(wanted)
+def find_checkpoint(wanted: str, name: str | None, root: Path) -> Path:
+    """A checkpoint by its path; or `last` or `best`, that of the newest run below `root` (called `name`, if one is given)."""
+    return newest_checkpoint(root, name, f"{wanted}.ckpt") if wanted in NEWEST else Path(wanted)

@@ -8,29 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from flowmatch_mnist.data import curve, digits, reflow  # noqa: F401  so that configs and options can name their data modules
 from flowmatch_mnist.data.pairs import PairsDataModule
 from flowmatch_mnist.sampling.weights import KEY, read_checkpoint
-from flowmatch_mnist.support.errors import UserError, exit_on_error
-from flowmatch_mnist.training.arguments import RUNS, complete, find_checkpoint, option, run_folder
+from flowmatch_mnist.support.errors import UserError, exit_on_error, one_line
+from flowmatch_mnist.training.arguments import NEWEST, RUNS, complete, find_checkpoint, option, run_folder
+from flowmatch_mnist.training.best import KeepBest
 from flowmatch_mnist.training.config import LogConfig
 from flowmatch_mnist.training.console import Bar, Report
 from flowmatch_mnist.training.drawing import DrawSamples, WriteSamples
 from flowmatch_mnist.training.ema import EMA
 from flowmatch_mnist.training.evaluation import Evaluate
-from flowmatch_mnist.training.internals import slurm_requeues
+from flowmatch_mnist.training.folder import RunFolder, check_name, claim, hold, unless_it_fails
 from flowmatch_mnist.training.module import FlowMatching
+from flowmatch_mnist.training.options import PRECISIONS, as_list, check_options
 from flowmatch_mnist.training.parser import ConfigParser, accept_older_configs, explain
+from flowmatch_mnist.training.requeue import checkpoint_of_this_job
 from flowmatch_mnist.training.saving import CheckpointFiles, SaveLast, end_together
 from flowmatch_mnist.training.tensorboard import Board
-
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-"""The precisions that a network can be trained in."""
 
 
 def native_precision(accelerator: str) -> str:
@@ -46,24 +48,22 @@ def native_precision(accelerator: str) -> str:
 class CLI(LightningCLI):
     """Lightning's command line for `FlowMatching` on MNIST.
 
-    Runs go to `runs/<name>/version_<n>/`. `--ckpt_path last` (or `best`) is the newest run of that name, and `fit` goes on in
-    that run's folder; `fit` from the path of a checkpoint starts a new version.
+    Runs go to `runs/<name>/version_<n>/`, or below another `--trainer.default_root_dir`. `--ckpt_path last` (or `best`) is the
+    newest run of that name, and `fit` resumes in that run's folder; `fit` from the path of a checkpoint starts a new version.
     """
+
+    folder: Path | None = None
+    lock: FileLock | None = None
+    stored_step: int | None = None
+    resumes = False
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=str, default="mnist", help="The run's name: it goes to runs/<name>/version_<n>/.")
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(DrawSamples, "sampling")
         parser.add_lightning_class_args(Evaluate, "evaluation")
-        parser.add_lightning_class_args(SaveLast, "saving")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "checkpoint.monitor": "loss/val",
-                "checkpoint.filename": "best",
-                "checkpoint.enable_version_counter": False,
-            }
-        )
+        parser.add_lightning_class_args(KeepBest, "checkpoint")
+        parser.add_lightning_class_args(SaveLast, "saving")  # the last, so that its checkpoint holds what the others know
         for target in ("model.seed", "data.init_args.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=int)
 
@@ -75,19 +75,29 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        self.folder: Path | None = None
+        check_name(config.name)
+        check_options(config.trainer)
         if config.trainer.precision is None:
             config.trainer.precision = native_precision(config.trainer.accelerator)
         config.weights_only = True
+        root = Path(config.trainer.default_root_dir or RUNS)
+        self.versions = root / config.name
+        path = None
         if self.checkpoint is not None:
-            path = find_checkpoint(self.checkpoint, config.name)
+            path = find_checkpoint(self.checkpoint, config.name, root)
+        elif self.subcommand == "fit":
+            path = checkpoint_of_this_job(self.versions)
+        else:
+            raise UserError(f"{self.subcommand} needs a trained model; name it with --ckpt_path (a file, or last, or best)")
+        if path is not None:
             stored = read_checkpoint(path)
             self.stored, self.stored_step = stored[KEY], stored.get("global_step")
-            if self.subcommand != "fit" or self.checkpoint in ("last", "best"):
+            if self.subcommand != "fit":
+                self.folder = run_folder(path) or path.parent
+            elif self.checkpoint in (None, *NEWEST):
                 self.folder = run_folder(path)
+            self.resumes = self.folder is not None
             config.ckpt_path = str(path)
-        elif self.subcommand != "fit":
-            raise UserError(f"{self.subcommand} needs a trained model; name it with --ckpt_path (a file, or last, or best)")
         if self.subcommand != "fit":
             self.save_config_callback = None
         if self.subcommand in ("validate", "test"):
@@ -101,30 +111,42 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self.config_init[self.subcommand].trainer
-        # Report is first, so that its clock stops before others take their time.
-        kwargs["callbacks"] = [Report(), *(settings.callbacks or [])]
-        callbacks: list[Callback] = [WriteSamples()]
-        if settings.enable_progress_bar is not False:
-            callbacks.append(Bar())
-        self.trainer_defaults["callbacks"] = callbacks
-        kwargs["plugins"] = [CheckpointFiles(), *(settings.plugins or [])]
-        if settings.logger in (None, True):
-            save_dir, name, version = RUNS, self.config[self.subcommand].name, None
+        if self.subcommand == "fit" and not settings.fast_dev_run and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            self.folder = self.folder or claim(self.versions)
+            self.lock = hold(self.folder)
+        with unless_it_fails(self.folder, self.lock):
+            # Where nothing else says so, Lightning looks for files of SLURM's there, and writes those of others.
+            kwargs["default_root_dir"] = self.folder or self.versions
+            # Report's clock stops before others take their time.
+            kwargs["callbacks"] = [RunFolder(self.folder), Report(), *as_list(settings.callbacks)]
+            bars = [callback for callback in kwargs["callbacks"] if isinstance(callback, ProgressBar)]
+            callbacks: list[Callback] = [WriteSamples()]
+            if settings.enable_progress_bar is not False and not bars:
+                callbacks.append(Bar())
+            self.trainer_defaults["callbacks"] = callbacks
+            kwargs["plugins"] = [CheckpointFiles(), *as_list(settings.plugins)]
+            if settings.logger in (None, True):
+                kwargs["logger"] = self.board()
+            return super().instantiate_trainer(**kwargs)
+
+    def board(self) -> Board | bool:
+        """TensorBoard for what this command logs. It follows one writer in a folder: only `fit` writes in the run's own."""
+        if self.subcommand == "fit":
             # What a killed run logged after its last checkpoint is logged again: the first time shall not be seen.
-            purge: dict[str, Any] = {}
-            if self.folder is not None:
-                save_dir, name, version = (
-                    self.folder.parent.parent,
-                    self.folder.parent.name,
-                    int(self.folder.name.removeprefix("version_")),
-                )
-                purge = {"purge_step": self.stored_step} if self.subcommand == "fit" else {}
-            kwargs["logger"] = Board(save_dir, name, version, default_hp_metric=False, **purge)
-        return super().instantiate_trainer(**kwargs)
+            return Board(self.folder or self.versions, purge_step=self.stored_step if self.resumes else None)
+        if self.subcommand == "predict" or self.folder is None:
+            return False
+        return Board(self.folder / str(self.subcommand), at=self.stored_step)
 
     def after_instantiate_classes(self) -> None:
-        if not slurm_requeues(self.trainer):
-            signal.signal(signal.SIGTERM, end_together(self.trainer))
+        signal.signal(signal.SIGTERM, end_together(self.trainer))
+        with unless_it_fails(self.folder, self.lock):
+            self.check()
+        if self.subcommand == "fit" and self.trainer.is_global_zero:
+            self.announce()
+
+    def check(self) -> None:
+        """Raise UserError for a precision that is not supported, and for a checkpoint of another model."""
         if self.trainer.precision not in PRECISIONS:
             raise UserError(
                 f"precision {self.trainer.precision} is not supported, since weights and averages are kept in 32 bits; "
@@ -132,8 +154,8 @@ class CLI(LightningCLI):
             )
         checkpoint = self.config[self.subcommand].ckpt_path
         self.model.adopt(self.datamodule)
-        wanted = self.model.flow.describe(self.model.sampler)
         if checkpoint is not None:
+            wanted = self.model.flow.describe(self.model.sampler)
             for key in ("network", "arguments", "path", "prediction", "units"):
                 stored = self.stored.get(key)
                 if key == "arguments" and isinstance(stored, dict):
@@ -148,22 +170,31 @@ class CLI(LightningCLI):
             self.config[self.subcommand].ckpt_path = None
             if self.trainer.is_global_zero:
                 print(f"{'going on from' if self.subcommand == 'fit' else 'using'} {checkpoint}", flush=True)
-        if self.subcommand == "fit" and self.trainer.is_global_zero:
-            size = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
+
+    def announce(self) -> None:
+        """Say what begins."""
+        size = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
+        print(
+            f"training {type(self.model.net).__name__} ({size:.2f} M parameters) on {self.trainer.world_size} x "
+            f"{self.trainer.strategy.root_device.type} in {self.trainer.precision}, into {self.folder or 'no folder'}",
+            flush=True,
+        )
+        if (processes := self.trainer.world_size) > 1:
+            batch = self.datamodule.batch_size
             print(
-                f"training {wanted['network']} ({size:.2f} M parameters) on {self.trainer.world_size} x "
-                f"{self.trainer.strategy.root_device.type} in {self.trainer.precision}, "
-                f"into {self.trainer.log_dir or 'no folder'}",
+                f"{processes} processes take {batch} samples each, {processes * batch} a step; for the steps of one process "
+                f"set --data.batch_size {max(1, batch // processes)}; for larger ones raise --model.optimizer.lr, such as "
+                f"{processes**0.5:.2g} times",
                 flush=True,
             )
-            if (processes := self.trainer.world_size) > 1:
-                batch = self.datamodule.batch_size
-                print(
-                    f"{processes} processes take {batch} samples each, {processes * batch} a step; for the steps of one "
-                    f"process set --data.batch_size {max(1, batch // processes)}; for larger ones raise "
-                    f"--model.optimizer.lr, such as {processes**0.5:.2g} times",
-                    flush=True,
-                )
+
+
+def raised_by_lightning(error: BaseException) -> bool:
+    """Whether an error comes from Lightning's own code: from one of its checks, and not from what it calls."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and str(frame.tb_frame.f_globals.get("__name__")).startswith("lightning.")
 
 
 def main() -> None:
@@ -194,7 +225,9 @@ def main() -> None:
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
             )
-        except MisconfigurationException as error:
-            raise UserError(error) from error
         except UnicodeDecodeError as error:
             raise UserError(f"{option(sys.argv, '--config')} is no text, so it is no config; name another") from error
+        except (MisconfigurationException, ValueError, TypeError, RuntimeError, KeyError, NotImplementedError) as error:
+            if not raised_by_lightning(error):
+                raise
+            raise UserError(f"{one_line(error)[:600]}; mend the config or the command line") from error

@@ -1,12 +1,12 @@
 """The config of a run, kept beside its checkpoints and shown by its loggers."""
 
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
 from flowmatch_mnist.support.files import replacing
+from flowmatch_mnist.training.folder import folder_of
 from flowmatch_mnist.training.tensorboard import Value, log_run
 
 NOT_LEARNED = ("channels_last", "compile", "data_dir", "eval_batch_size", "num_workers", "predict_per_class")
@@ -18,13 +18,13 @@ class LogConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Learn the run's folder, which the processes agree on together."""
-        self.folder = trainer.log_dir
+        self.folder = folder_of(trainer)
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write it. Lightning calls this in one process."""
-        if self.folder:
-            with replacing(Path(self.folder) / "config.yaml") as temporary:
+        if self.folder is not None:
+            with replacing(self.folder / "config.yaml") as temporary:
                 self.parser.save(self.config, temporary, skip_unset=False, overwrite=True, multifile=False)
         text = self.parser.dump(self.config, skip_unset=False)
         headlines = trainer.datamodule.problem.headlines  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from flowmatch_mnist.images.pictures import save_npz, save_png
 from flowmatch_mnist.sampling.generate import Samples, generate
 from flowmatch_mnist.training.distributed import gather, interleave
 from flowmatch_mnist.training.ema import averaged_flow
+from flowmatch_mnist.training.folder import folder_of
 from flowmatch_mnist.training.module import FlowMatching
 from flowmatch_mnist.training.periodic import Periodic
 from flowmatch_mnist.training.steps import last_step
@@ -44,7 +45,7 @@ class DrawSamples(Periodic):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Learn the run's folder, which the processes agree on together: later, only one of them would ask."""
-        self.folder = Path(trainer.log_dir) if trainer.log_dir else None
+        self.folder = folder_of(trainer)
 
     def act(self, trainer: Trainer, module: FlowMatching) -> None:
         """Draw now, log the pictures, and write the files."""
@@ -73,7 +74,7 @@ class WriteSamples(BasePredictionWriter):
     def write_on_epoch_end(self, trainer: Trainer, pl_module: LightningModule, predictions: Any, batch_indices: Any) -> None:
         """Gather the shares of all processes, and write them in the order of the data."""
         shares = gather(trainer, predictions)
-        folder = Path(trainer.log_dir or ".")  # asked by all processes, since they agree on it together
+        folder = folder_of(trainer) or Path()
         if not trainer.is_global_zero:
             return
         problem = trainer.datamodule.problem  # type: ignore[attr-defined]

@@ -24,11 +24,15 @@ from flowmatch_mnist.training.periodic import Periodic
 from flowmatch_mnist.training.steps import last_step
 from flowmatch_mnist.training.tensorboard import log_curve, log_scalars
 
+QUALITY = "quality"
+"""What the names of all figures begin with."""
+
 
 class Evaluate(Periodic):
     """Measures samples drawn with the averaged weights, so that quality is watched, and not the loss alone.
 
-    While training it measures a few, into TensorBoard. In `validate` and `test` it measures many: prints a table, and writes
+    While training it measures a few, into the loggers, and into Lightning's metrics, so that `--checkpoint.monitor`, early
+    stopping and others can go by them. In `validate` and `test` it measures many: prints a table, and writes
     `metrics.json` beside the checkpoint; then a few again by other numbers of steps, as curves over the evaluations into
     TensorBoard too. What is measured is for the problem to say. Each process draws a share of the samples, the same samples
     whatever the number of processes; one of them measures all.
@@ -64,6 +68,23 @@ class Evaluate(Periodic):
         self.steps = sorted(set(steps))
         self.seed = seed
         self._scorers: dict[str, Scorer] = {}
+        self._figures: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """When it measured last, and what."""
+        return {**super().state_dict(), "figures": self._figures}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore both."""
+        super().load_state_dict(state_dict)
+        self._figures = state_dict.get("figures", {})
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Those that go by the figures find the last ones where a run resumes."""
+        self._tell(trainer)
+
+    def _tell(self, trainer: Trainer) -> None:
+        trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in self._figures.items()})
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure in `validate`."""
@@ -77,12 +98,14 @@ class Evaluate(Periodic):
     def act(self, trainer: Trainer, module: FlowMatching) -> None:
         """Measure a few samples beside the validation data, log the measurements and print the most telling."""
         samples = self.sample(trainer, module, module.sampler, self.samples)
-        if not trainer.is_global_zero:
-            return
-        measurements = self.measure(trainer, module, samples, "val")
-        log_scalars(trainer, {m.tag: m.score for m in measurements}, last_step(trainer))
-        words = [f"{m.title} {m.score:.3f}" for m in measurements if m.main]
-        print(f"step {trainer.global_step}: {len(samples.labels)} samples, {', '.join(words[:4])}", flush=True)
+        if trainer.is_global_zero:
+            measurements = self.measure(trainer, module, samples, "val")
+            self._figures = {m.tag: float(m.score) for m in measurements}
+            log_scalars(trainer, self._figures, last_step(trainer))
+            words = [f"{m.title} {m.score:.3f}" for m in measurements if m.main]
+            print(f"step {trainer.global_step}: {len(samples.labels)} samples, {', '.join(words[:4])}", flush=True)
+        self._figures = trainer.strategy.broadcast(self._figures)  # in all processes, so that they decide alike
+        self._tell(trainer)
 
     def report(self, trainer: Trainer, module: FlowMatching, split: Literal["val", "test"]) -> None:
         """Measure many samples beside the split, print the table and write the file."""

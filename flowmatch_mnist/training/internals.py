@@ -4,6 +4,7 @@ An upgrade that breaks the project breaks it here: `tests/test_internals.py` cal
 Each says why no public way serves. All were tried with Lightning 2.6.1, 2.6.5 and 2.6.6, and with PyTorch 2.14.
 """
 
+import signal
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, cast
@@ -33,10 +34,16 @@ def unscale_before_clipping(optimizer: Optimizer) -> None:
 
 
 def validation_follows(trainer: Trainer) -> bool:
-    """Whether validation follows the batch that ends now. Public figures tell it only by repeating Lightning's own rules."""
+    """Whether validation is due after the batch that ends now. Public figures tell it only by repeating Lightning's own rules.
+
+    A run that is asked to stop is validated by Lightning in any case; that does not count here.
+    """
     fetcher = trainer.fit_loop._data_fetcher
     assert fetcher is not None
-    return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+    stop, trainer.should_stop = trainer.should_stop, False
+    due = trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+    trainer.should_stop = stop
+    return due
 
 
 def begin_next_epoch(trainer: Trainer) -> None:
@@ -60,10 +67,14 @@ def on_sigterm(trainer: Trainer, handler: Handler) -> None:
     trainer._signal_connector._sigterm_notifier_fn = handler  # type: ignore[assignment]
 
 
-def slurm_requeues(trainer: Trainer) -> bool:
-    """Whether SLURM starts the job anew after its signals, which Lightning then sees to.
+def take_over_requeueing(trainer: Trainer) -> signal.Signals | None:
+    """The signal by which SLURM says that the job must end and start anew, if it does; Lightning will not act on it.
 
-    A strategy of one device has no public `cluster_environment`, and what SLURM's variables say can be overruled by a plugin.
+    Lightning would save in the middle of a step, and into a folder that other runs share. A strategy of one device has no
+    public `cluster_environment`, and what SLURM's variables say can be overruled by a plugin.
     """
     environment: Any = trainer._accelerator_connector.cluster_environment
-    return isinstance(environment, SLURMEnvironment) and environment.auto_requeue
+    if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
+        return None
+    environment.auto_requeue = False
+    return environment.requeue_signal

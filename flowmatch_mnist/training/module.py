@@ -125,6 +125,12 @@ class FlowMatching(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, PairsDataModule):
             self.adopt(data)
+        endless = self.trainer.max_steps == -1 and self.trainer.max_epochs == -1
+        if stage == "fit" and endless and self.decay != "constant":
+            raise UserError(
+                f"a learning rate with {self.decay} decay needs an end; set --trainer.max_epochs or --trainer.max_steps, or "
+                "--model.decay constant"
+            )
         if stage == "fit" and self.start is not None:
             warm_start(self.net, weights_path(self.start))
 
@@ -213,7 +219,7 @@ class FlowMatching(LightningModule):
 
         def factor(step: int) -> float:
             # Asked for at the first step, not here: that would load the data before a resumed run has its place in them.
-            total_steps = int(self.trainer.estimated_stepping_batches) if step else 1
+            total_steps = self.trainer.estimated_stepping_batches if step else 1
             return learning_rate_factor(step, self.warmup_steps, total_steps, self.decay)
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}

@@ -14,6 +14,9 @@ class Periodic(Callback):
         every_n_epochs: how often, in epochs; 0 is never.
         every_n_steps: how often, in optimizer steps; 0 is never.
 
+    Attributes:
+        done_at: the optimizer step in which it acted last; -1 is never.
+
     Raises:
         ValueError: if a number is negative.
     """
@@ -23,15 +26,15 @@ class Periodic(Callback):
             raise ValueError(f"{type(self).__name__} needs every_n_epochs and every_n_steps of at least 0")
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
-        self._done_at = -1
+        self.done_at = -1
 
     def state_dict(self) -> dict[str, Any]:
         """The step in which it acted last, so that a run that goes on does not act in it again."""
-        return {"done_at": self._done_at}
+        return {"done_at": self.done_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the step in which it acted last."""
-        self._done_at = state_dict["done_at"]
+        self.done_at = state_dict["done_at"]
 
     def act(self, trainer: Trainer, module: FlowMatching) -> None:
         """Do it now, in every process."""
@@ -45,11 +48,13 @@ class Periodic(Callback):
             self._act_once(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Act if it is an epoch for it."""
+        """Act if it is an epoch for it. One that a callback has stopped in its middle is not over."""
+        if trainer.should_stop and not trainer.is_last_batch:
+            return
         if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self._act_once(trainer, pl_module)
 
     def _act_once(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.global_step != self._done_at:
-            self._done_at = trainer.global_step
+        if trainer.global_step != self.done_at:
+            self.done_at = trainer.global_step
             self.act(trainer, cast(FlowMatching, module))

@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 Decay = Literal["cosine", "linear", "constant"]
 
 
-def learning_rate_factor(step: int, warmup_steps: int, total_steps: int, decay: Decay) -> float:
+def learning_rate_factor(step: int, warmup_steps: int, total_steps: float, decay: Decay) -> float:
     """What the learning rate is multiplied by at `step`: a linear rise to 1, then a fall to 0 (or none) by `total_steps`."""
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)

@@ -1,6 +1,7 @@
 """Logging: numbers to every logger, and pictures and texts to those that can take them. The one file that knows TensorBoard."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -14,10 +15,21 @@ Value = bool | int | float | str
 
 
 class Board(TensorBoardLogger):
-    """TensorBoard without a curve of the epoch, which would stand before all others."""
+    """TensorBoard in a folder, without a curve of the epoch, which would stand before all others.
+
+    Args:
+        folder: for the events.
+        at: the step of all scalars, where it is known: validation of a checkpoint would log them at step 0.
+        settings: of TensorBoard's writer.
+    """
+
+    def __init__(self, folder: Path, at: int | None = None, **settings: Any) -> None:
+        super().__init__(folder.parent, "", folder.name, default_hp_metric=False, **settings)
+        self.at = at
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log scalars."""
+        step = step if self.at is None else self.at
         super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
 
 

@@ -1,0 +1,118 @@
+"""The best checkpoints of a run, by its validation loss or by a figure of quality."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from flowmatch_mnist.support.files import replacing
+from flowmatch_mnist.training.evaluation import QUALITY, Evaluate
+from flowmatch_mnist.training.folder import folder_of
+
+
+class KeepBest(ModelCheckpoint):
+    """Keeps `best.ckpt`, the checkpoint with the lowest (or highest) value of one figure, and others beside it if asked to.
+
+    By a figure of `Evaluate`, it saves when that is measured, so that the figure is of the weights that are kept.
+
+    Args:
+        filename: of the checkpoints, without its ending: by default "best" for a single one, and the step for several.
+        monitor: the figure: "loss/val", or one that `Evaluate` logs, such as "quality/Frechet distance ratio".
+        save_top_k: how many to keep; -1 is all, 0 none.
+        mode: "min" if a lower figure is better, "max" if a higher.
+        settings: of Lightning's `ModelCheckpoint`.
+
+    Raises:
+        ValueError: if several checkpoints would get the same name, or `last.ckpt` would be written, as `SaveLast` does.
+    """
+
+    def __init__(
+        self,
+        filename: str | None = None,
+        monitor: str | None = "loss/val",
+        save_top_k: int = 1,
+        mode: str = "min",
+        enable_version_counter: bool = False,
+        **settings: Any,
+    ) -> None:
+        if settings.get("save_last"):
+            raise ValueError("last.ckpt is written by --saving; leave out --checkpoint.save_last")
+        if filename is not None and save_top_k not in (0, 1) and "{" not in filename:
+            raise ValueError(
+                f"--checkpoint.filename {filename!r} is one name for several checkpoints; add {{step}} to it, or leave it out"
+            )
+        filename = filename or ("best" if save_top_k == 1 else "{step}")
+        self.by_quality = monitor is not None and monitor.startswith(QUALITY)
+        if self.by_quality:
+            settings["save_on_train_epoch_end"] = False
+        super().__init__(
+            filename=filename,
+            monitor=monitor,
+            save_top_k=save_top_k,
+            mode=mode,
+            enable_version_counter=enable_version_counter,
+            **settings,
+        )
+        self._copied = ""
+
+    @property
+    def state_key(self) -> str:
+        """As Lightning's own callback has it, under which older checkpoints keep its state."""
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keep the checkpoints in the run's folder, unless a place is named."""
+        self.folder = folder_of(trainer)
+        if self.dirpath is None and self.folder is not None:
+            self.dirpath = str(self.folder / "checkpoints")
+        super().setup(trainer, pl_module, stage)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the best so far where those files are: the run's folder may have been moved, or this may be a new one."""
+
+        def here(path: str) -> str:
+            return str(Path(self.dirpath or ".") / Path(path).name) if path else ""
+
+        paths = {key: here(state_dict.get(key, "")) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        if Path(paths["best_model_path"]).is_file():
+            best = {here(path): score for path, score in state_dict["best_k_models"].items()}
+            super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if quality was measured in this step."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._by_quality(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save if quality was measured now, or as Lightning does. An epoch that was stopped in its middle has no figures."""
+        if trainer.should_stop and not trainer.is_last_batch:
+            return
+        super().on_train_epoch_end(trainer, pl_module)
+        self._by_quality(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save as Lightning does; by quality not here, where its figure may be of earlier weights."""
+        if not self.by_quality:
+            super().on_validation_end(trainer, pl_module)
+            self._copy(trainer)
+
+    def _by_quality(self, trainer: Trainer, module: LightningModule) -> None:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        measured = any(isinstance(callback, Evaluate) and callback.done_at == trainer.global_step for callback in callbacks)
+        if self.by_quality and measured:
+            super().on_validation_end(trainer, module)
+        self._copy(trainer)
+
+    def _copy(self, trainer: Trainer) -> None:
+        """Have the best as `best.ckpt` in the run's folder, whatever its name is."""
+        if self.folder is None or not trainer.is_global_zero or self.best_model_path == self._copied:
+            return
+        best = self.folder / "checkpoints" / "best.ckpt"
+        if Path(self.best_model_path) != best:
+            with replacing(best) as temporary:
+                shutil.copyfile(self.best_model_path, temporary)
+        self._copied = self.best_model_path
