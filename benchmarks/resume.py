@@ -1,12 +1,13 @@
 """Is a run that is killed again and again, and goes on each time, the run that was left alone?
 
-    python benchmarks/resume.py                 20 kills in each of six ways, some forty minutes on two cores
+    python benchmarks/resume.py                 20 kills in each of eight ways, some fifty minutes on two cores
     python benchmarks/resume.py --kills 3 --ways SIGKILL
     python benchmarks/resume.py --gpu           the same on a GPU, by deterministic algorithms
 
 A small network with dropout trains 300 steps: validation, pictures and checkpoints now and then, by Muon and an average of the
 weights. One run is left alone. Others are ended by a signal at random instants, wherever in start, step, validation or the
-writing of a checkpoint that may be, and go on with `--ckpt_path last`, until they come to the end. Then all weights, raw and
+writing of a checkpoint that may be, and go on with `--ckpt_path last`, until they come to the end. In one way it is no signal
+that ends them but `max_time`; in another the run itself ends by EarlyStopping. Then all weights, raw and
 averaged, the optimizer's state, the schedule, the counters, and every point of every curve in TensorBoard are compared, to the
 bit. Ends with status 1 if anything differs.
 """
@@ -61,14 +62,16 @@ data:
 """
 GPU = ["--trainer.accelerator", "gpu", "--trainer.deterministic", "true"]
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has none
+EARLY = ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "loss/val"]
+EARLY += ["--trainer.callbacks.min_delta", "0.05", "--trainer.callbacks.patience", "2"]
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "8"]
 
 
 @dataclass
 class Way:
-    """A way of being stopped: by which signal, sent to the whole group of processes or to the first, with which options."""
+    """A way of being stopped: by which signal (None is `max_time`), to all processes or the first, with which options."""
 
-    signal: signal.Signals
+    signal: signal.Signals | None
     group: bool
     options: list[str]
 
@@ -77,6 +80,8 @@ WAYS = {
     "SIGKILL": Way(KILL, True, []),
     "SIGTERM": Way(signal.SIGTERM, False, []),
     "Ctrl-C": Way(signal.SIGINT, True, ["--data.num_workers", "2"]),
+    "max_time": Way(None, False, []),
+    "SIGKILL, EarlyStopping": Way(KILL, True, EARLY),
     "SIGKILL, two workers": Way(KILL, True, ["--data.num_workers", "2"]),
     "SIGKILL, two processes": Way(KILL, True, TWO),
     "SIGTERM, two processes": Way(signal.SIGTERM, False, TWO),
@@ -163,6 +168,7 @@ def prepare(folder: Path, data_dir: Path) -> None:
 
 def stop(process: subprocess.Popen[str], way: Way) -> str:
     """Send the signal, wait for the end, and say what was wrong with it, if anything."""
+    assert way.signal is not None
     if way.group:
         os.killpg(process.pid, way.signal)
     else:
@@ -187,12 +193,23 @@ def kill_and_resume(
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             prepare(folder, data_dir)
+            trained = 0.0
             while True:
-                process = train(folder, way.options)
                 # Now and then before it has begun; else so that the whole run is gone through in that many kills.
                 start, rest = seconds
                 instant = dice.uniform(0, start) if dice.random() < 0.2 else start + dice.uniform(0, 2 * rest / max(kills, 4))
                 patience = instant if done < kills else None
+                if way.signal is None and patience is not None:
+                    # The time of all parts together; one that is over already leaves nothing to do, and says so.
+                    trained += max(patience, 0.05)
+                    limit = f'{{"milliseconds": {round(1000 * trained)}}}'
+                    printed, _ = (process := train(folder, [*way.options, "--trainer.max_time", limit])).communicate()
+                    done += "max_time is over" in printed
+                    if process.returncode or "max_time is over" not in printed:
+                        wrong += [f"max_time: {printed}"] * bool(process.returncode)
+                        break
+                    continue
+                process = train(folder, way.options)
                 try:
                     printed, _ = process.communicate(timeout=patience)
                 except subprocess.TimeoutExpired:
@@ -228,7 +245,7 @@ def main() -> None:
     for name in options.ways:
         way = replace(WAYS[name], options=[*WAYS[name].options, *device])
         # Workers change nothing, so those runs are compared with one that has none.
-        key = (*(TWO if WAYS[name].options == TWO else []), *device)
+        key = (*(WAYS[name].options if WAYS[name].options in (TWO, EARLY) else []), *device)
         if key not in references:
             references[key] = alone(list(key), options.data_dir)
         dice = random.Random(f"{options.seed} {name}")

@@ -201,6 +201,7 @@ def main() -> None:
     """Run the command line; mistakes end with one line and status 2."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # whose report is all that a profiler gives
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # says so when a compiler for GPUs finds none
     log = logging.getLogger("flowmatch_mnist")
     log.addHandler(logging.StreamHandler())
