@@ -4,6 +4,7 @@ import inspect
 import json
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 from conftest import assert_one_line_error, run_here
@@ -89,7 +90,6 @@ ACTS = {
     "num_nodes": ([1], lambda seen: seen["device"][2] == 1),
     "num_sanity_val_steps": ([1], lambda seen: seen["sanity"] == 1),
     "precision": (["bf16-mixed"], lambda seen: seen["precision"] == "bf16-mixed"),
-    "profiler": (["simple"], lambda seen: "run_training_batch" in seen["said"]),
     "reload_dataloaders_every_n_epochs": ([1], lambda seen: len(set(seen["batches"])) == 60),
     "sync_batchnorm": (["true"], lambda seen: seen["steps"] == 60),
     "val_check_interval": ([0.5], lambda seen: seen["validations"] == [10, 20, 30, 40, 50, 60]),
@@ -105,6 +105,7 @@ ELSEWHERE = {
     "max_time": "test_runs.test_max_time_says_so_and_when_there_is_nothing_left_of_it",
     "overfit_batches": "test_runs.test_overfit_batches_sees_the_same_batches_in_each_epoch",
     "plugins": "test_runs.test_single_plugins_and_another_bar_are_taken",
+    "profiler": "test_options.test_a_profiler_reports",
     "strategy": "test_cli.test_two_processes_share_the_steps_that_one_would_take",
 }
 """Options that other tests show to act."""
@@ -145,6 +146,11 @@ def test_only_without_inference_mode_may_validation_take_gradients(tmp_path):
         done = run_here("train.py", *few, *asked, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert json.loads((tmp_path / "seen.json").read_text())["inference"] == (mode == "true")
+
+
+def test_a_profiler_reports(tmp_path):
+    done = conftest.run("train.py", *TOY, "--trainer.max_steps", 3, "--trainer.profiler", "simple", cwd=tmp_path)
+    assert done.returncode == 0 and "run_training_batch" in done.stderr, done.stderr
 
 
 def test_limits_of_the_other_commands(tmp_path):
