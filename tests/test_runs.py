@@ -60,11 +60,12 @@ def losses(folder: Path, tag: str = "loss/train"):
     return [(event.step, event.value) for event in log.Scalars(tag)]
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_run_that_a_callback_stops_in_mid_epoch_resumes_to_the_bit(tmp_path, accumulate):
+@pytest.mark.parametrize(("accumulate", "every"), [(1, 1), (2, 1), (1, 4)])
+def test_a_run_that_a_callback_stops_in_mid_epoch_resumes_to_the_bit(tmp_path, accumulate, every):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir(), parts.mkdir()
     options = ["--trainer.accumulate_grad_batches", accumulate, "--model.decay", "constant"]
+    options += ["--trainer.log_every_n_steps", every]
     fit(whole, *options)
     step = 25 // accumulate
     said = fit(parts, *options, "--trainer.callbacks", "test_runs.Stop", "--trainer.callbacks.step", step)

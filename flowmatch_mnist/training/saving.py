@@ -16,6 +16,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import Logger
 
 from flowmatch_mnist.support.files import load_checkpoint, save_checkpoint
 from flowmatch_mnist.training.folder import folder_of
@@ -80,6 +81,7 @@ class SaveLast(Checkpoint):
         self._stop_for = 0
         self._stop_after_step = False
         self._limit_val_batches: int | float | None = None
+        self._loggers: list[Logger] = []
         self._flush = False
         self._step = 0
         self._accumulating = False
@@ -157,6 +159,9 @@ class SaveLast(Checkpoint):
         if is_stopping(trainer) and self._limit_val_batches is None and not validation_follows(trainer):
             # Lightning would validate now, as the run left alone does not: that could change which checkpoint is best.
             self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
+        if is_stopping(trainer) and not is_logged(trainer, trainer.global_step):
+            # Lightning would log the last values once more, in this step.
+            self._loggers, trainer.loggers = trainer.loggers, []
         self._due |= bool(self.every_n_steps) and trainer.global_step % self.every_n_steps == 0
         self._listen(trainer, agree=is_logged(trainer, trainer.global_step))
         if self._due and not trainer.is_last_batch and not validation_follows(trainer):
@@ -170,6 +175,14 @@ class SaveLast(Checkpoint):
         elif self._stop_after_step:
             trainer.should_stop, self._stop_after_step = True, False
 
+    def _log_again(self, trainer: Trainer) -> None:
+        if self._loggers:
+            trainer.loggers, self._loggers = self._loggers, []
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What validation says is logged."""
+        self._log_again(trainer)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, unless the epoch ends here too."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -181,6 +194,7 @@ class SaveLast(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save."""
+        self._log_again(trainer)
         self._listen(trainer, agree=True)
         self._save(trainer, pl_module)
 
