@@ -16,6 +16,7 @@ def data_module(data_dir, rank=0, world_size=1, step=0, seed=0, epoch=0, **setti
     progress = SimpleNamespace(total=SimpleNamespace(processed=step))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
     data.trainer = SimpleNamespace(
+        overfit_batches=0,
         global_rank=rank,
         world_size=world_size,
         fit_loop=loop,
