@@ -80,6 +80,14 @@ def test_a_run_that_a_callback_stops_in_mid_epoch_resumes_to_the_bit(tmp_path, a
         assert losses(whole, tag) == losses(parts, tag), "each batch once, and no validation that was not due"
 
 
+def test_a_stop_in_the_last_step_of_an_epoch_leaves_its_figures(tmp_path):
+    options = ["--trainer.log_every_n_steps", 7, "--evaluation.every_n_epochs", 1, "--trainer.check_val_every_n_epoch", 3]
+    said = fit(tmp_path, *options, "--trainer.callbacks", "test_runs.Stop", "--trainer.callbacks.step", 40)
+    assert "stopped after step 40: a callback stopped it" in said
+    assert [step for step, _ in losses(tmp_path, "quality/distance to the curve")] == [19, 39]
+    assert [step for step, _ in losses(tmp_path)] == [6, 13, 20, 27, 34]
+
+
 def test_max_time_says_so_and_when_there_is_nothing_left_of_it(tmp_path):
     end = ["--trainer.max_time", '{"milliseconds": 200}', "--trainer.max_epochs", 1000]
     assert "its max_time is over" in fit(tmp_path, *end)

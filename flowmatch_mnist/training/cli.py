@@ -118,7 +118,7 @@ class CLI(LightningCLI):
             # Where nothing else says so, Lightning looks for files of SLURM's there, and writes those of others.
             kwargs["default_root_dir"] = self.folder or self.versions
             # Report's clock stops before others take their time.
-            kwargs["callbacks"] = [RunFolder(self.folder), Report(), *as_list(settings.callbacks)]
+            kwargs["callbacks"] = [RunFolder(self.folder, self.lock), Report(), *as_list(settings.callbacks)]
             bars = [callback for callback in kwargs["callbacks"] if isinstance(callback, ProgressBar)]
             callbacks: list[Callback] = [WriteSamples()]
             if settings.enable_progress_bar is not False and not bars:

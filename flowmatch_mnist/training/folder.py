@@ -24,14 +24,25 @@ class RunFolder(Callback):
 
     Args:
         path: the folder; None for a run that keeps nothing. The first process decides.
+        lock: that holds the folder; it is released when the run has ended.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, lock: FileLock | None = None) -> None:
         self.path = path
+        self.lock = lock
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Agree on the folder with the other processes."""
         self.path = trainer.strategy.broadcast(self.path)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the folder to other runs."""
+        if self.lock is not None:
+            self.lock.release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same."""
+        self.teardown(trainer, pl_module, "fit")
 
 
 def folder_of(trainer: Trainer) -> Path | None:
@@ -87,13 +98,14 @@ def hold(folder: Path) -> FileLock:
 
 @contextmanager
 def unless_it_fails(folder: Path | None, lock: FileLock | None) -> Iterator[None]:
-    """Give a folder back if an error comes before anything is in it."""
+    """Leave a folder to other runs if an error comes before the run begins; remove it if nothing is in it."""
     try:
         yield
     except BaseException:
-        if folder is not None and lock is not None and {path.name for path in folder.iterdir()} <= {".lock"}:
+        if folder is not None and lock is not None:
             lock.release()
-            with suppress(OSError):
-                (folder / ".lock").unlink(missing_ok=True)
-                folder.rmdir()
+            if {path.name for path in folder.iterdir()} <= {".lock"}:
+                with suppress(OSError):
+                    (folder / ".lock").unlink(missing_ok=True)
+                    folder.rmdir()
         raise

@@ -159,17 +159,20 @@ class SaveLast(Checkpoint):
         if is_stopping(trainer) and self._limit_val_batches is None and not validation_follows(trainer):
             # Lightning would validate now, as the run left alone does not: that could change which checkpoint is best.
             self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
-        if is_stopping(trainer) and not is_logged(trainer, trainer.global_step):
-            # Lightning would log the last values once more, in this step.
-            self._loggers, trainer.loggers = trainer.loggers, []
         self._due |= bool(self.every_n_steps) and trainer.global_step % self.every_n_steps == 0
         self._listen(trainer, agree=is_logged(trainer, trainer.global_step))
         if self._due and not trainer.is_last_batch and not validation_follows(trainer):
             self._save(trainer, pl_module)
+        if is_stopping(trainer) and not is_logged(trainer, trainer.global_step):
+            # Lightning would log the last values once more, in this step.
+            self._loggers, trainer.loggers = trainer.loggers, []
 
     def _finish_the_step(self, trainer: Trainer) -> None:
-        """Put off a stop in the middle of gradient accumulation until the step is over."""
-        if self._accumulating:
+        """Put off a stop in the middle of gradient accumulation until the step is over.
+
+        In the last step of an epoch, put it off to the epoch's end, with its own validation, pictures and figures.
+        """
+        if self._accumulating or trainer.is_last_batch:
             self._stop_after_step |= trainer.should_stop
             trainer.should_stop = False
         elif self._stop_after_step:
@@ -195,6 +198,7 @@ class SaveLast(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save."""
         self._log_again(trainer)
+        trainer.should_stop, self._stop_after_step = trainer.should_stop or self._stop_after_step, False
         self._listen(trainer, agree=True)
         self._save(trainer, pl_module)
 
