@@ -4,6 +4,7 @@ import importlib
 import inspect
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY, Evil, assert_one_line_error, run, run_here, unix
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -195,10 +197,23 @@ def test_predict_writes_the_digits_that_sample_draws(tiny_run, tmp_path):
     assert abs(predicted["images"].astype(int) - sampled["images"]).max() <= 1
 
 
-def test_two_processes_share_the_steps_that_one_would_take(tmp_path, data_dir, monkeypatch):
+def two_nodes(*arguments, cwd):
+    """Run a script on two nodes of one process each, as a person starts them by hand."""
+    nodes, port = [], find_free_network_port()
+    for node in ("0", "1"):
+        env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": node}
+        command = [sys.executable, *map(str, arguments), "--trainer.num_nodes", "2", "--trainer.strategy", "ddp"]
+        nodes.append(subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    for node in nodes:
+        stdout, stderr = node.communicate(timeout=300)
+        yield subprocess.CompletedProcess(node.args, node.returncode, stdout, stderr)
+
+
+def test_two_nodes_share_the_steps_that_one_process_would_take(tmp_path, data_dir, monkeypatch):
     common = ("--config", TINY, "--data.data_dir", data_dir, "--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
-    done = run("tests/two_ranks.py", *common, "--trainer.devices", 2, "--trainer.strategy", "ddp", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done, other = two_nodes(ROOT / "tests/two_ranks.py", *common, cwd=tmp_path)
+    assert done.returncode == 0 and other.returncode == 0, done.stdout + done.stderr + other.stderr
+    assert not other.stdout
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     for batch_a, batch_b in zip(ranks[0]["batches"], ranks[1]["batches"], strict=True):
         noise = torch.corrcoef(torch.stack([batch_a[0].flatten(), batch_b[0].flatten()]))[0, 1]

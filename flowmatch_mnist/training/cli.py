@@ -12,7 +12,6 @@ from filelock import FileLock
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from flowmatch_mnist.data import curve, digits, reflow  # noqa: F401  so that configs and options can name their data modules
@@ -23,6 +22,7 @@ from flowmatch_mnist.training.arguments import NEWEST, RUNS, complete, find_chec
 from flowmatch_mnist.training.best import KeepBest
 from flowmatch_mnist.training.config import LogConfig
 from flowmatch_mnist.training.console import Bar, Report
+from flowmatch_mnist.training.distributed import is_first
 from flowmatch_mnist.training.drawing import DrawSamples, WriteSamples
 from flowmatch_mnist.training.ema import EMA
 from flowmatch_mnist.training.evaluation import Evaluate
@@ -111,7 +111,7 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self.config_init[self.subcommand].trainer
-        if self.subcommand == "fit" and not settings.fast_dev_run and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        if self.subcommand == "fit" and not settings.fast_dev_run and is_first():
             self.folder = self.folder or claim(self.versions)
             self.lock = hold(self.folder)
         with unless_it_fails(self.folder, self.lock):

@@ -5,7 +5,18 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
+
+
+def is_first() -> bool:
+    """Whether this process is the first of all; known before there is a trainer, from what launchers put in the environment.
+
+    Where nobody counts all processes, Lightning counts those of one node: then the first of each has the number 0.
+    """
+    first: bool = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    return first and LightningEnvironment().node_rank() == 0
 
 
 def gather(trainer: Trainer, share: Any) -> list[Any]:
