@@ -266,7 +266,7 @@ ASSUMPTIONS = {
     "training/evaluation.py": {"item": 1, "tolist": 1},
     "training/gradients.py": {"item": 3, "tolist": 1, "type": 1},  # to skip a step; in a logged step
     "training/muon.py": {"type": 1},  # few operations for a processor, few launches for a GPU
-    "training/module.py": {"tolist": 1, "type": 1, "nonzero": 1},  # of times and numbers on the CPU; generators to seed
+    "training/module.py": {"tolist": 2, "type": 1, "nonzero": 1},  # on the CPU; in a logged step; generators to seed
     "training/saving.py": {"item": 1},  # in a logged step, with several processes
     "training/tensorboard.py": {"numpy": 1},  # pictures are on the CPU
 }

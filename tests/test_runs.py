@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from flowmatch_mnist.flow.solvers import trajectory
 from flowmatch_mnist.support.errors import UserError
 from flowmatch_mnist.support.files import load_checkpoint, save_checkpoint
 from flowmatch_mnist.training.folder import check_name, claim
+from flowmatch_mnist.training.saving import SaveLast
 
 TOY = ["fit", "--config", ROOT / "configs/toy.yaml", "--data.samples", 400, "--data.batch_size", 20, "--model.net.width", 8]
 TOY += ["--evaluation.samples", 20, "--evaluation.every_n_epochs", 0, "--sampling.every_n_epochs", 0]
@@ -60,12 +62,12 @@ def losses(folder: Path, tag: str = "loss/train"):
     return [(event.step, event.value) for event in log.Scalars(tag)]
 
 
-@pytest.mark.parametrize(("accumulate", "every"), [(1, 1), (2, 1), (1, 4)])
-def test_a_run_that_a_callback_stops_in_mid_epoch_resumes_to_the_bit(tmp_path, accumulate, every):
+@pytest.mark.parametrize(("accumulate", "every", "validate"), [(1, 1, 1.0), (2, 1, 1.0), (1, 4, 1.0), (1, 4, 5)])
+def test_a_run_that_a_callback_stops_in_mid_epoch_resumes_to_the_bit(tmp_path, accumulate, every, validate):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir(), parts.mkdir()
     options = ["--trainer.accumulate_grad_batches", accumulate, "--model.decay", "constant"]
-    options += ["--trainer.log_every_n_steps", every]
+    options += ["--trainer.log_every_n_steps", every, "--trainer.val_check_interval", validate]
     fit(whole, *options)
     step = 25 // accumulate
     said = fit(parts, *options, "--trainer.callbacks", "test_runs.Stop", "--trainer.callbacks.step", step)
@@ -78,6 +80,21 @@ def test_a_run_that_a_callback_stops_in_mid_epoch_resumes_to_the_bit(tmp_path, a
             assert torch.equal(value, last(parts)[key][name]), name
     for tag in ("loss/train", "loss/val"):
         assert losses(whole, tag) == losses(parts, tag), "each batch once, and no validation that was not due"
+
+
+def test_a_checkpoint_comes_after_the_points_of_its_step(tmp_path, monkeypatch):
+    def save_and_copy(saving, trainer, module):
+        save(saving, trainer, module)
+        if trainer.global_step == 22:
+            shutil.copytree(whole, killed)  # what a run leaves that is killed in this instant
+
+    save, whole, killed = SaveLast._save, tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    monkeypatch.setattr(SaveLast, "_save", save_and_copy)
+    fit(whole, "--saving.every_n_steps", 11)
+    assert losses(killed) == losses(whole)[:22]
+    fit(killed, "--ckpt_path", "last")
+    assert losses(killed) == losses(whole)
 
 
 def test_a_stop_in_the_last_step_of_an_epoch_leaves_its_figures(tmp_path):

@@ -9,7 +9,8 @@ from rich.progress import ProgressColumn, Task
 from rich.text import Text
 
 from flowmatch_mnist.training.module import FlowMatching
-from flowmatch_mnist.training.steps import is_logged
+from flowmatch_mnist.training.steps import is_logged, last_step
+from flowmatch_mnist.training.tensorboard import log_scalars
 
 
 class Description(ProgressColumn):
@@ -93,7 +94,7 @@ class Report(Callback):
             self._mark = None
         elif is_logged(trainer, trainer.global_step):
             rate = self._samples / (time.perf_counter() - self._mark)
-            pl_module.log("speed/samples_per_second", rate)
+            log_scalars(trainer, {"speed/samples_per_second": rate}, last_step(trainer))
             self._rate = f"{rate:.0f} samples/s, "
             self._mark = None
 

@@ -26,6 +26,7 @@ from flowmatch_mnist.support.errors import UserError
 from flowmatch_mnist.training.gradients import GradientWatch
 from flowmatch_mnist.training.internals import unscale_before_clipping
 from flowmatch_mnist.training.steps import Decay, is_logged, learning_rate_factor
+from flowmatch_mnist.training.tensorboard import log_scalars
 
 INTERVALS = 5
 """Into how many equal intervals of t the validation loss is split."""
@@ -163,12 +164,15 @@ class FlowMatching(LightningModule):
         self._norm = norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         step = self.trainer.global_step + 1
         logged = is_logged(self.trainer, step)
-        if logged:  # to hand Lightning what it would not log costs a millisecond
-            self.log("loss/train", self.last_loss)
-            self.log("optimizer/gradient_norm", norm)
-            self.log("optimizer/learning_rate", optimizer.param_groups[0]["lr"])
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         self.gradients.look(step, norm, self.last_loss, self.parameters(), logged, scaled)
+        if logged:
+            loss, size = torch.stack([self.last_loss.float(), norm.float()]).tolist()
+            rate = optimizer.param_groups[0]["lr"]
+            figures = {"loss/train": loss, "optimizer/gradient_norm": size, "optimizer/learning_rate": rate}
+            # Lightning would hand them to the loggers only after SaveLast: a run killed in between would lose the points.
+            self.log_dict(figures, logger=False)
+            log_scalars(self.trainer, {**figures, "epoch": self.current_epoch}, step - 1)
 
     def configure_gradient_clipping(
         self,

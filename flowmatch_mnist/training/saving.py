@@ -16,7 +16,6 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import Logger
 
 from flowmatch_mnist.support.files import load_checkpoint, save_checkpoint
 from flowmatch_mnist.training.folder import folder_of
@@ -81,9 +80,8 @@ class SaveLast(Checkpoint):
         self._stop_for = 0
         self._stop_after_step = False
         self._limit_val_batches: int | float | None = None
-        self._loggers: list[Logger] = []
-        self._flush = False
         self._step = 0
+        self._saved_step = -1
         self._accumulating = False
         self._begun = False
 
@@ -133,9 +131,6 @@ class SaveLast(Checkpoint):
         self._end_of_step(trainer)
 
     def _end_of_step(self, trainer: Trainer) -> None:
-        if self._flush:
-            flush(trainer)
-            self._flush = False
         if self._stop_for:
             number = self._stop_for % REQUEUE
             if trainer.is_global_zero:
@@ -163,9 +158,6 @@ class SaveLast(Checkpoint):
         self._listen(trainer, agree=is_logged(trainer, trainer.global_step))
         if self._due and not trainer.is_last_batch and not validation_follows(trainer):
             self._save(trainer, pl_module)
-        if is_stopping(trainer) and not is_logged(trainer, trainer.global_step):
-            # Lightning would log the last values once more, in this step.
-            self._loggers, trainer.loggers = trainer.loggers, []
 
     def _finish_the_step(self, trainer: Trainer) -> None:
         """Put off a stop in the middle of gradient accumulation until the step is over.
@@ -178,14 +170,6 @@ class SaveLast(Checkpoint):
         elif self._stop_after_step:
             trainer.should_stop, self._stop_after_step = True, False
 
-    def _log_again(self, trainer: Trainer) -> None:
-        if self._loggers:
-            trainer.loggers, self._loggers = self._loggers, []
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What validation says is logged."""
-        self._log_again(trainer)
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, unless the epoch ends here too."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -197,10 +181,11 @@ class SaveLast(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save."""
-        self._log_again(trainer)
         trainer.should_stop, self._stop_after_step = trainer.should_stop or self._stop_after_step, False
         self._listen(trainer, agree=True)
-        self._save(trainer, pl_module)
+        # A run stopped after a validation in mid-epoch is saved: from here, Lightning would count that step twice.
+        if trainer.is_last_batch or trainer.global_step != self._saved_step:
+            self._save(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Do not count an epoch as done in whose middle the run stops, as Lightning does; this is so in every checkpoint."""
@@ -246,7 +231,7 @@ class SaveLast(Checkpoint):
         # What was logged before the checkpoint must not be lost with the process: a run that goes on does not log it again.
         flush(trainer)
         trainer.save_checkpoint(self.path)
-        self._due, self._flush, self._saved_at = False, True, time.monotonic()
+        self._due, self._saved_at, self._saved_step = False, time.monotonic(), trainer.global_step
 
 
 def end_together(trainer: Trainer) -> Handler:
