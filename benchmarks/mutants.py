@@ -1,111 +1,49 @@
-"""Do the tests notice a mistake in the mathematics?
+"""Do the tests notice a mistake? Mistakes are made on purpose, one at a time, in every file of the package.
 
-python benchmarks/mutants.py                 every mutant, some minutes on two cores
-python benchmarks/mutants.py flow.paths      those of one file
+    python benchmarks/mutants.py                       all of them
+    python benchmarks/mutants.py flow.paths reflow     those of some files
+    python benchmarks/mutants.py --settings            settings that are ignored; writes tests/settings.json
 
-Flips each sign, swaps each alpha and sigma, and drops each factor, divisor and exponent, one at a time, and runs the tests of
-the mathematics on each such mutant. It prints those that survive, and ends with status 1 if there are any.
+A mistake is a sign flipped, a factor dropped, a comparison or a condition changed, a number off by one, an argument not handed
+on, ignored or swapped with its neighbour, a call left out, a split or a period in place of another (`mutations.py` has them
+all). The tests are run once under coverage. Then each mutant meets those that pass through its lines, in a forked process.
+Tests that start processes do not count: those would run the code as it is. Prints the mutants that no test notices, and their
+number for each file. Ends with status 1 if more than 3% survive.
 """
 
+import argparse
 import ast
+import importlib
 import importlib.abc
 import importlib.util
+import json
 import os
+import runpy
+import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-
-from rich.progress import track
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-ROOT = Path(__file__).resolve().parent.parent
-FILES = tuple(f"flow.{name}" for name in ("paths", "predictions", "solvers", "guidance", "weighting", "times", "loss"))
-TESTS = ("paths", "times", "predictions", "weighting", "guidance", "solvers", "diffusion", "inversion", "loss")
-TIME_LIMIT = 120
-EQUIVALENT = {
-    (
-        "flow.times",
-        "sign flipped in `torch.arange(count, device=generator.device) / count + offset`",
-    ): "the offset is uniform modulo 1",
-    (
-        "flow.times",
-        "sign flipped in `positions.to(widest_float(positions.device)) * golden + batch_index * root_two`",
-    ): "either way, another shift per batch",
-}
-"""Mutants that are no mistake, and why. They are not tried."""
-SWAPPED = {"alpha": "sigma", "sigma": "alpha", "alpha_dot": "sigma_dot", "sigma_dot": "alpha_dot"}
+from equivalent import EQUIVALENT
+from mutations import FILES, PACKAGE, Mutant, ignored_settings, mutants
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from watch import record
 
-
-@dataclass
-class Mutant:
-    """One changed place of a file."""
-
-    file: str
-    line: int
-    what: str
-    source: str
-
-
-def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    """What a node can be changed to, and what that is called."""
-    match node:
-        case ast.BinOp(left, ast.Add(), right):
-            yield "sign flipped", ast.BinOp(left, ast.Sub(), right)
-        case ast.BinOp(left, ast.Sub(), right):
-            yield "sign flipped", ast.BinOp(left, ast.Add(), right)
-        case ast.UnaryOp(ast.USub(), operand):
-            yield "sign dropped", operand
-        case ast.BinOp(left, ast.Mult(), right):
-            yield "left factor dropped", right
-            yield "right factor dropped", left
-        case ast.BinOp(left, ast.Div(), _):
-            yield "divisor dropped", left
-        case ast.BinOp(left, ast.Pow(), _):
-            yield "exponent dropped", left
-        case ast.Name(name, ast.Load()) if name in SWAPPED:
-            yield f"{name} swapped", ast.Name(SWAPPED[name], ast.Load())
-        case ast.Attribute(value, name, ast.Load()) if name in SWAPPED:
-            yield f"{name} swapped", ast.Attribute(value, SWAPPED[name], ast.Load())
-
-
-class Replace(ast.NodeTransformer):
-    """Puts another node in the place of one; annotations and error messages are left alone."""
-
-    def __init__(self, number: int, change: int) -> None:
-        self.number, self.change, self.seen = number, change, -1
-
-    def visit(self, node: ast.AST) -> ast.AST:
-        if isinstance(node, ast.Raise | ast.arguments | ast.AnnAssign):
-            return node
-        self.seen += 1
-        if self.seen == self.number:
-            return list(changes(node))[self.change][1]
-        return self.generic_visit(node)
-
-
-def mutants(file: str) -> Iterator[Mutant]:
-    """Every mutant of a file."""
-    text = (ROOT / "flowmatch_mnist" / f"{file.replace('.', '/')}.py").read_text()
-    places: list[ast.AST] = []
-
-    class Collect(Replace):
-        def visit(self, node: ast.AST) -> ast.AST:
-            if not isinstance(node, ast.Raise | ast.arguments | ast.AnnAssign):
-                places.append(node)
-                self.generic_visit(node)
-            return node
-
-    Collect(-1, 0).visit(ast.parse(text))
-    for number, node in enumerate(places):
-        for change, (what, _) in enumerate(changes(node)):
-            tree = Replace(number, change).visit(ast.parse(text))
-            source = ast.unparse(ast.fix_missing_locations(tree))
-            yield Mutant(file, getattr(node, "lineno", 0), f"{what} in `{ast.unparse(node)}`", source)
+ROOT = PACKAGE.parent
+SETTINGS = ROOT / "tests" / "settings.json"
+OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-o", "addopts="]
+FIRST_HEARING = 20.0
+"""Seconds of tests that a mutant meets at first; if it survives those, it meets the others."""
 
 
 class Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -118,64 +56,135 @@ class Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.util.spec_from_loader(name, self) if name == f"flowmatch_mnist.{self.mutant.file}" else None
 
     def exec_module(self, module: ModuleType) -> None:
-        exec(compile(self.mutant.source, f"{self.mutant.file}.py", "exec"), module.__dict__)
+        module.__file__ = str(PACKAGE / f"{self.mutant.file.replace('.', '/')}.py")
+        exec(compile(self.mutant.source, module.__file__, "exec"), module.__dict__)
 
 
-def in_a_fork(task: Callable[[], int]) -> int:
-    """The exit status of a task in a forked process, or -1 when it ran too long."""
-    child = os.fork()
-    if child == 0:
-        with open(os.devnull, "w") as nothing:  # noqa: PTH123
-            os.dup2(nothing.fileno(), 1)
-            os.dup2(nothing.fileno(), 2)
-        import signal
+def run_path(mutant: Mutant) -> None:
+    """Have scripts that are run by their path be the mutant, too."""
+    really = runpy.run_path
 
-        signal.alarm(TIME_LIMIT)
-        try:
-            status = task()
-        except BaseException:
+    def run(path: str, *arguments: Any, **settings: Any) -> dict[str, Any]:
+        if Path(path) != PACKAGE / f"{mutant.file.replace('.', '/')}.py":
+            return really(path, *arguments, **settings)
+        module = {"__name__": "__main__", "__file__": path, "__doc__": ast.get_docstring(ast.parse(mutant.source))}
+        exec(compile(mutant.source, path, "exec"), module)
+        return module
+
+    runpy.run_path = run
+
+
+class FirstFailure:
+    """A plugin of pytest that writes down which test failed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self.path.write_text(report.nodeid)
+
+
+def noticed_by(mutant: Mutant, tests: Sequence[str], seconds: float) -> str | None:
+    """The test that fails on a mutant, run in a fork; None if all pass."""
+    with tempfile.TemporaryDirectory() as folder:
+        failure = Path(folder) / "failure"
+        child = os.fork()
+        if child == 0:
             status = 3
-        os._exit(status)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
+            with suppress(BaseException):
+                nothing = os.open(os.devnull, os.O_RDWR)
+                for number in (0, 1, 2):
+                    os.dup2(nothing, number)
+                os.setsid()
+                signal.signal(signal.SIGALRM, lambda *_: os.killpg(0, signal.SIGKILL))
+                signal.alarm(round(20 + 5 * seconds))
+                sys.meta_path.insert(0, Loader(mutant))
+                run_path(mutant)
+                import pytest
+
+                status = int(pytest.main([*OPTIONS, f"--basetemp={folder}/pytest", *tests], [FirstFailure(failure)]))
+            os._exit(status)
+        _, status = os.waitpid(child, 0)
+        if os.waitstatus_to_exitcode(status) == 0:
+            return None
+        return failure.read_text() if failure.exists() else "the end of the process"
 
 
-def survives(mutant: Mutant | None) -> bool:
-    """Whether all tests pass on the mutant, or, for None, on what is really there."""
+class Court:
+    """Which tests each mutant meets, and in which order.
 
-    def run_tests() -> int:
-        import pytest
+    Args:
+        known: what `watch.record` wrote down.
+    """
 
-        if mutant is not None:
-            sys.meta_path.insert(0, Loader(mutant))
-        with tempfile.TemporaryDirectory() as folder:
-            options = ["-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=", f"--basetemp={folder}/pytest"]
-            return int(pytest.main([*options, *(str(ROOT / "tests" / f"test_{name}.py") for name in TESTS)]))
+    def __init__(self, known: dict[str, Any]) -> None:
+        self.tests, self.lines = known["tests"], known["lines"]
+        self.successes: dict[str, Counter[str]] = {file: Counter() for file in FILES}
+        shared: dict[str, list[str]] = {}
+        for test, about in self.tests.items():
+            for fixture in about["fixtures"]:
+                shared.setdefault(f"fixture {fixture}", []).append(test)
+        self.shared = shared
 
-    return in_a_fork(run_tests) == 0
+    def tests_of(self, mutant: Mutant) -> list[str]:
+        """Those that pass through its lines, the quickest first; for a line that is only imported, through its file."""
+        lines = self.lines.get(mutant.file, {})
+        inside = [lines.get(str(line), []) for line in range(mutant.line, mutant.end + 1)]
+        contexts = {context for found in inside for context in found if context != "import"}
+        contexts = contexts or {context for found in lines.values() for context in found}
+        names = {test for context in contexts for test in self.shared.get(context, [context])}
+        found = [name for name in names if name in self.tests and self.tests[name]["alone"]]
+        successes = self.successes[mutant.file]
+        return sorted(found, key=lambda name: (self.tests[name]["seconds"] / (1 + successes[name]), name))
+
+    def try_one(self, mutant: Mutant) -> str | None:
+        """The test that notices a mutant."""
+        tests, hearing, seconds = self.tests_of(mutant), [], 0.0
+        while tests and (not hearing or seconds + self.tests[tests[0]]["seconds"] <= FIRST_HEARING):
+            hearing.append(tests.pop(0))
+            seconds += self.tests[hearing[-1]]["seconds"]
+        for some in (hearing, tests):
+            if some and (test := noticed_by(mutant, some, sum(self.tests[name]["seconds"] for name in some))):
+                self.successes[mutant.file][test] += 1
+                return test
+        return None
 
 
 def main() -> None:
     """Try them all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", metavar="FILE", help=f"of the package: {', '.join(FILES)}")
+    parser.add_argument("--settings", action="store_true", help="only arguments and fields that are ignored")
+    parser.add_argument("--share", type=int, default=1, metavar="N", help="only every N-th (default: 1)")
+    options = parser.parse_args()
     os.chdir(ROOT)
-    sys.path.insert(0, str(ROOT))
-    import pytest  # noqa: F401  once, here, and not in every fork
-    import torch
-    import torchdiffeq  # noqa: F401
-
-    torch.set_num_threads(1)
-    if not survives(None):
-        raise SystemExit("the tests fail on the code as it is; mend that first")
-    found = [mutant for file in sys.argv[1:] or FILES for mutant in mutants(file)]
-    every = [mutant for mutant in found if (mutant.file, mutant.what) not in EQUIVALENT]
-    alive = 0
+    known = record()
+    sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+    for name in known["modules"]:  # once, here, and not in every fork
+        with suppress(Exception):
+            importlib.import_module(name)
+    found = [mutant for file in options.files or FILES for mutant in mutants(file)]
+    if options.settings:
+        found = list(ignored_settings())
+    every = [mutant for mutant in found if mutant.key not in EQUIVALENT][:: options.share]
+    court = Court(known)
+    counts, alive, settings = Counter(mutant.file for mutant in every), Counter[str](), {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for mutant, lives in track(zip(every, pool.map(survives, every), strict=True), "mutants", len(every)):
-            if lives:
-                alive += 1
+        for mutant, test in track(zip(every, pool.map(court.try_one, every), strict=True), "mutants", len(every)):
+            if test is None:
+                alive[mutant.file] += 1
                 print(f"survived: {mutant.file}, line {mutant.line}: {mutant.what}", flush=True)
-    print(f"{len(every)} mutants, {alive} survived; {len(found) - len(every)} others are no mistake")
-    raise SystemExit(1 if alive else 0)
+            settings[mutant.key] = test
+    table = Table("file", "mutants", "survived")
+    for file, count in counts.items():
+        table.add_row(file, str(count), str(alive[file]))
+    Console().print(table)
+    share = alive.total() / max(1, len(every))
+    print(f"{len(every)} mutants, {alive.total()} survived ({share:.1%}); {len(found) - len(every)} others are no mistake")
+    if options.settings:
+        SETTINGS.write_text(json.dumps(settings, indent=1) + "\n")
+    raise SystemExit(int(share > 0.03))
 
 
 if __name__ == "__main__":

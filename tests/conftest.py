@@ -81,7 +81,7 @@ class Evil:
 def tiny_run(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
     """A folder in which `train.py` ran the tiny config to its end; the run is runs/tiny/version_0."""
     folder = tmp_path_factory.mktemp("tiny")
-    done = run("train.py", "--config", TINY, "--data.data_dir", data_dir, cwd=folder)
+    done = run_here("train.py", "--config", TINY, "--data.data_dir", data_dir, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "stdout").write_text(done.stdout)
     (folder / "stderr").write_text(done.stderr)

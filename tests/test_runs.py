@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, run_here, unix
+from conftest import ROOT, assert_one_line_error, run_here
 from filelock import FileLock
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -142,38 +141,6 @@ def test_runs_that_start_at_once_get_a_folder_each_and_one_trains_in_it_at_a_tim
 def test_an_error_before_anything_is_written_leaves_no_folder(tmp_path):
     assert_one_line_error(run_here("train.py", *TOY, "--trainer.precision", "64-true", cwd=tmp_path), "64-true")
     assert not list((tmp_path / "runs/toy").iterdir())
-
-
-@unix
-def test_slurms_signal_saves_at_the_end_of_a_step_and_the_job_resumes_in_its_folder(tmp_path):
-    (tmp_path / "bin").mkdir()
-    scontrol = tmp_path / "bin/scontrol"
-    scontrol.write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/asked\n")
-    scontrol.chmod(0o755)
-    (tmp_path / "hpc_ckpt_1.ckpt").write_bytes(b"a stranger's")
-    job = {"SLURM_JOB_ID": "1234", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
-    env = os.environ | job | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
-    options = [*TOY, "--trainer.max_epochs", 150, "--trainer.enable_model_summary", "false"]
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, options)]
-    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for line in process.stdout:
-        if line.startswith("epoch 3,"):
-            process.send_signal(signal.SIGUSR1)
-            break
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGUSR1, printed
-    assert "SLURM starts job 1234 anew" in printed and (tmp_path / "asked").read_text() == "requeue 1234\n"
-    step = last(tmp_path)["global_step"]
-    assert f"stopped by SIGUSR1 after step {step}" in printed
-    other = subprocess.run(
-        [*command, "--name", "other", "--trainer.max_steps", "9"], cwd=tmp_path, env=env, capture_output=True
-    )
-    assert other.returncode == 0 and last(tmp_path, "runs/other/version_0")["global_step"] == 9, other.stdout + other.stderr
-    again = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "going on from runs/toy/version_0/checkpoints/last.ckpt" in again.stdout
-    assert last(tmp_path)["global_step"] == 3000 and [path.name for path in (tmp_path / "runs/toy").iterdir()] == ["version_0"]
-    assert not (tmp_path / "runs/toy/version_0/slurm.json").exists(), "the same command now starts another run"
 
 
 def test_the_best_of_several_checkpoints_is_the_best(tmp_path):

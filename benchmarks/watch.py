@@ -1,0 +1,137 @@
+"""Which lines of the package each test passes through: the suite is run once, in one process, under coverage."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "flowmatch_mnist"
+
+
+class Watch:
+    """A plugin of pytest: the lines of each test, and of each fixture that tests share; its seconds; and whether it is alone.
+
+    Args:
+        coverage: that runs already.
+    """
+
+    def __init__(self, coverage: Any) -> None:
+        self.coverage = coverage
+        self.tests: dict[str, dict[str, Any]] = {}
+        self.context = "import"
+
+    def turn(self, context: str) -> None:
+        """Ascribe the lines from here on to this test or fixture."""
+        self.context = context
+        self.coverage.switch_context(context)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: Any) -> Any:
+        self.tests[item.nodeid] = {"seconds": 0.0, "fixtures": item.fixturenames, "alone": True}
+        self.turn(item.nodeid)
+        try:
+            return (yield)
+        finally:
+            self.turn("import")
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: Any) -> Any:
+        before = self.context
+        if fixturedef.scope != "function":
+            self.turn(f"fixture {fixturedef.argname}")
+        try:
+            return (yield)
+        finally:
+            self.turn(before)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.tests[report.nodeid]["seconds"] += report.duration
+
+    def hear(self, event: str, arguments: Any) -> None:
+        """A hook of Python's audit: a process that is started runs the code as it is, and so does its test."""
+        if event == "subprocess.Popen" and self.context in self.tests:
+            self.tests[self.context]["alone"] = False
+
+
+def state_of(paths: Iterable[Path]) -> str:
+    """A hash of what is in files."""
+    state = hashlib.sha256()
+    for path in sorted(paths):
+        state.update(path.read_bytes())
+    return state.hexdigest()
+
+
+def record() -> dict[str, Any]:
+    """What was recorded for the package and its tests as they are. What has changed is recorded anew, in a process of its own.
+
+    Returns:
+        `tests`: by name, their seconds, fixtures, and whether they start no process; `lines`: by file and line, the tests and
+        fixtures that pass through; `modules`: what else they import.
+    """
+    tests = {path.name: state_of([path]) for path in (ROOT / "tests").glob("test_*.py")}
+    shared = state_of([*PACKAGE.rglob("*.py"), *(ROOT / "configs").glob("*"), ROOT / "tests/conftest.py"])
+    kept = ROOT / ".pytest_cache" / "watched.json"
+    known: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    if known.get("shared") != shared:
+        known = {"shared": shared, "files": {}, "tests": {}, "lines": {}, "modules": []}
+    if stale := [name for name, state in tests.items() if known["files"].get(name) != state]:
+        print(f"running {len(stale)} files of tests under coverage", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            found = Path(folder) / "found.json"
+            subprocess.run([sys.executable, __file__, str(found), *stale], cwd=ROOT, check=True)
+            new = json.loads(found.read_text())
+        old = {name: about for name, about in known["tests"].items() if file_of(name) in tests and file_of(name) not in stale}
+        for file, lines in new["lines"].items():
+            for line, contexts in known["lines"].get(file, {}).items():
+                kept_contexts = {name for name in contexts if name in old or not file_of(name).startswith("test_")}
+                lines[line] = sorted(kept_contexts.union(lines.get(line, [])))
+        known = {
+            "shared": shared,
+            "files": tests,
+            "tests": old | new["tests"],
+            "lines": new["lines"],
+            "modules": new["modules"],
+        }
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(json.dumps(known))
+    return known
+
+
+def file_of(test: str) -> str:
+    """The name of the file of a test."""
+    return test.partition("::")[0].rpartition("/")[2]
+
+
+def main() -> None:
+    """Run files of tests, and write down what was seen."""
+    import coverage
+
+    watched = coverage.Coverage(data_file=None, source=[str(PACKAGE)], config_file=False)
+    watch = Watch(watched)
+    sys.addaudithook(watch.hear)
+    watched.start()
+    watched.switch_context("import")
+    options = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", "--durations=10"]
+    status = pytest.main([*options, *(f"tests/{name}" for name in sys.argv[2:])], [watch])
+    watched.stop()
+    if status:
+        raise SystemExit("the tests fail on the code as it is; mend that first")
+    data = watched.get_data()
+    lines = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        lines[".".join(path.relative_to(PACKAGE).with_suffix("").parts)] = data.contexts_by_lineno(str(path))
+    ours = ("flowmatch_mnist", "test_", "conftest", "__main__", *(path.stem for path in Path(__file__).parent.glob("*.py")))
+    modules = sorted(name for name in sys.modules if not name.startswith(ours))
+    Path(sys.argv[1]).write_text(json.dumps({"tests": watch.tests, "lines": lines, "modules": modules}))
+    watched.report(show_missing=True)
+
+
+if __name__ == "__main__":
+    main()
