@@ -17,6 +17,7 @@ import importlib
 import importlib.abc
 import importlib.util
 import json
+import multiprocessing
 import os
 import runpy
 import signal
@@ -24,7 +25,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -42,8 +42,8 @@ from watch import record
 ROOT = PACKAGE.parent
 SETTINGS = ROOT / "tests" / "settings.json"
 OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-o", "addopts="]
-FIRST_HEARING = 20.0
-"""Seconds of tests that a mutant meets at first; if it survives those, it meets the others."""
+HEARING = 40.0
+"""Seconds of tests that a mutant meets at most: a mistake that only slower ones notice lacks a test of its own."""
 
 
 class Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -98,7 +98,7 @@ def noticed_by(mutant: Mutant, tests: Sequence[str], seconds: float) -> str | No
                     os.dup2(nothing, number)
                 os.setsid()
                 signal.signal(signal.SIGALRM, lambda *_: os.killpg(0, signal.SIGKILL))
-                signal.alarm(round(20 + 5 * seconds))
+                signal.alarm(round(20 + 3 * seconds))
                 sys.meta_path.insert(0, Loader(mutant))
                 run_path(mutant)
                 import pytest
@@ -128,27 +128,34 @@ class Court:
         self.shared = shared
 
     def tests_of(self, mutant: Mutant) -> list[str]:
-        """Those that pass through its lines, the quickest first; for a line that is only imported, through its file."""
+        """Those that pass through its lines, the quickest first; for a line that is only imported, through its file.
+
+        Of the cases of one test, those that come later wait: they have much in common.
+        """
         lines = self.lines.get(mutant.file, {})
         inside = [lines.get(str(line), []) for line in range(mutant.line, mutant.end + 1)]
         contexts = {context for found in inside for context in found if context != "import"}
         contexts = contexts or {context for found in lines.values() for context in found}
         names = {test for context in contexts for test in self.shared.get(context, [context])}
-        found = [name for name in names if name in self.tests and self.tests[name]["alone"]]
-        successes = self.successes[mutant.file]
-        return sorted(found, key=lambda name: (self.tests[name]["seconds"] / (1 + successes[name]), name))
+        successes, cases, waits = self.successes[mutant.file], Counter[str](), {}
+        for name in sorted(names):
+            if name in self.tests and self.tests[name]["alone"]:
+                cases[name.partition("[")[0]] += 1
+                waits[name] = self.tests[name]["seconds"] * cases[name.partition("[")[0]] / (1 + successes[name])
+        hearing, seconds = [], 0.0
+        for name in sorted(waits, key=lambda name: (waits[name], name)):
+            seconds += self.tests[name]["seconds"]
+            if seconds <= HEARING or not hearing:
+                hearing.append(name)
+        return hearing
 
-    def try_one(self, mutant: Mutant) -> str | None:
-        """The test that notices a mutant."""
-        tests, hearing, seconds = self.tests_of(mutant), [], 0.0
-        while tests and (not hearing or seconds + self.tests[tests[0]]["seconds"] <= FIRST_HEARING):
-            hearing.append(tests.pop(0))
-            seconds += self.tests[hearing[-1]]["seconds"]
-        for some in (hearing, tests):
-            if some and (test := noticed_by(mutant, some, sum(self.tests[name]["seconds"] for name in some))):
-                self.successes[mutant.file][test] += 1
-                return test
-        return None
+    def try_one(self, mutant: Mutant) -> tuple[Mutant, str | None]:
+        """A mutant, and the test that notices it."""
+        tests = self.tests_of(mutant)
+        test = noticed_by(mutant, tests, sum(self.tests[name]["seconds"] for name in tests)) if tests else None
+        if test is not None:
+            self.successes[mutant.file][test] += 1
+        return mutant, test
 
 
 def main() -> None:
@@ -170,12 +177,13 @@ def main() -> None:
     every = [mutant for mutant in found if mutant.key not in EQUIVALENT][:: options.share]
     court = Court(known)
     counts, alive, settings = Counter(mutant.file for mutant in every), Counter[str](), {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for mutant, test in track(zip(every, pool.map(court.try_one, every), strict=True), "mutants", len(every)):
+    # Processes without threads, which alone may fork safely; each learns by itself which tests notice most.
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        for mutant, test in track(pool.imap_unordered(court.try_one, every), "mutants", len(every)):
             if test is None:
                 alive[mutant.file] += 1
                 print(f"survived: {mutant.file}, line {mutant.line}: {mutant.what}", flush=True)
-            settings[mutant.key] = test
+            settings[mutant.key] = test and test.partition("[")[0]
     table = Table("file", "mutants", "survived")
     for file, count in counts.items():
         table.add_row(file, str(count), str(alive[file]))
@@ -183,7 +191,7 @@ def main() -> None:
     share = alive.total() / max(1, len(every))
     print(f"{len(every)} mutants, {alive.total()} survived ({share:.1%}); {len(found) - len(every)} others are no mistake")
     if options.settings:
-        SETTINGS.write_text(json.dumps(settings, indent=1) + "\n")
+        SETTINGS.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
     raise SystemExit(int(share > 0.03))
 
 

@@ -1,0 +1,77 @@
+"""Each variant from end to end, tiny: trained, stopped, resumed to the bit, and drawn; some inverted, measured and exported."""
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import TINY, run_here
+from test_runs import last
+
+from flowmatch_mnist.images import mnist
+from flowmatch_mnist.sampling.weights import load
+
+LAST = "runs/tiny/version_0/checkpoints/last.ckpt"
+DIFFUSION = ["--model.path", "vp", "--model.prediction", "noise", "--model.sampler.solver", "euler"]
+VARIANTS = {
+    "logit": ["--data.pixels", "logit", "--data.dequantize", "true"],
+    "ddpm": [*DIFFUSION, "--model.weighting", "ddpm", "--model.sampler.churn", 1],
+    "ddim": [*DIFFUSION, "--model.weighting", "sd3", "--model.loss", "huber", "--model.sampler.spacing", "log_snr"],
+    "cosine": ["--model.path", "cosine", "--model.prediction", "data", "--model.weighting", "edm", "--model.times", "Mode"],
+    "charbonnier": ["--model.loss", "charbonnier", "--model.weighting", "flow_matching", "--data.coupling", "ot_within_class"],
+    "mean flow": ["--model.net.spans", "true", "--model.mean_flow.stride", 0, "--model.sampler.solver", "average"],
+    "dropout": ["--model.net.dropout", 0.2, "--model.label_dropout", 0.5, "--model.times", "Uniform", "--data.coupling", "ot"],
+    "guided": ["--model.sampler.guidance", 2, "--model.sampler.guidance_interval", "[0.2,0.8]", "--data.num_workers", 2],
+}
+
+
+def command(folder, script, *arguments):
+    done = run_here(script, *arguments, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def asked(options):
+    """What a config should hold, by its dotted name."""
+    return {name.removeprefix("--"): value for name, value in zip(options[::2], options[1::2], strict=True)}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_from_end_to_end(tmp_path, data_dir, variant):
+    options = VARIANTS[variant]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir(), parts.mkdir()
+    train = ["--config", TINY, "--data.data_dir", data_dir, "--data.batch_size", 8, "--sampling.every_n_epochs", 0]
+    train += ["--trainer.limit_train_batches", 4, "--evaluation.test_samples", 20, "--evaluation.samples", 20, *options]
+    command(whole, "train.py", "fit", *train)
+    command(parts, "train.py", "fit", *train, "--trainer.callbacks", "test_runs.Stop", "--trainer.callbacks.step", 3)
+    command(parts, "train.py", "fit", *train, "--ckpt_path", "last")
+    for name, value in last(whole, "runs/tiny/version_0")["state_dict"].items():
+        assert torch.equal(value, last(parts, "runs/tiny/version_0")["state_dict"][name]), name
+
+    config = yaml.safe_load((whole / "runs/tiny/version_0/config.yaml").read_text())
+    for name, value in asked(options).items():
+        found = config
+        for key in name.split("."):
+            found = found.get("init_args", found)[key] if key not in found else found[key]
+        found = found["class_path"].rpartition(".")[2] if isinstance(found, dict) else found
+        assert found == yaml.safe_load(str(value)), name
+
+    flow, sampler = load(whole / LAST)
+    said = command(whole, "sample.py", "0-9", "--out", "drawn.npz")
+    assert sampler.description() in said
+    drawn = np.load(whole / "drawn.npz")["images"]
+    assert drawn.shape == (10, 28, 28) and drawn.std() > 0.1
+    if variant == "logit":
+        table = command(whole, "train.py", "test", "--ckpt_path", "last")
+        assert "label accuracy" in table and "loss/test" in table
+    if variant in ("logit", "cosine"):
+        real = mnist.load(data_dir, "test")[0][3].numpy().astype(int)
+        there_and_back = ["--from-image", "test:3", "--solver", "rk4", "--steps", 64, "--guidance", 1, "--data-dir", data_dir]
+        command(whole, "sample.py", "0", *there_and_back, "--out", "again.npz")
+        assert abs(np.load(whole / "again.npz")["images"][0].astype(int) - real).mean() < 2
+    if variant in ("logit", "mean flow"):
+        command(whole, "flowmatch_mnist/export.py", "--weights", LAST, "--out", "digits.pt2")
+        noise = torch.randn(3, *flow.net.shape)
+        exported = torch.export.load(whole / "digits.pt2").module()(noise, torch.tensor([1, 2, 3]))
+        *_, state = flow.states(flow.guided(torch.tensor([1, 2, 3]), sampler), noise, sampler)
+        assert (exported.int() - flow.units.decode(state).int()).abs().max() <= 1
