@@ -13,6 +13,7 @@ number for each file. Ends with status 1 if more than 3% survive.
 
 import argparse
 import ast
+import gc
 import importlib
 import importlib.abc
 import importlib.util
@@ -41,9 +42,15 @@ from watch import record
 
 ROOT = PACKAGE.parent
 SETTINGS = ROOT / "tests" / "settings.json"
-OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-o", "addopts="]
-HEARING = 40.0
-"""Seconds of tests that a mutant meets at most: a mistake that only slower ones notice lacks a test of its own."""
+OPTIONS = [
+    "-x",
+    "-q",
+    "-o",
+    "addopts=",
+    *(f"-pno:{name}" for name in ("cacheprovider", "unraisableexception", "threadexception")),
+]
+HEARINGS = (3.0, 20.0)
+"""Seconds of tests that a mutant meets at first, and, if it survives those, after that."""
 
 
 class Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -98,7 +105,7 @@ def noticed_by(mutant: Mutant, tests: Sequence[str], seconds: float) -> str | No
                     os.dup2(nothing, number)
                 os.setsid()
                 signal.signal(signal.SIGALRM, lambda *_: os.killpg(0, signal.SIGKILL))
-                signal.alarm(round(20 + 3 * seconds))
+                signal.alarm(round(30 + 3 * seconds))
                 sys.meta_path.insert(0, Loader(mutant))
                 run_path(mutant)
                 import pytest
@@ -119,7 +126,7 @@ class Court:
     """
 
     def __init__(self, known: dict[str, Any]) -> None:
-        self.tests, self.lines = known["tests"], known["lines"]
+        self.tests, self.lines, self.fixtures = known["tests"], known["lines"], known["fixtures"]
         self.successes: dict[str, Counter[str]] = {file: Counter() for file in FILES}
         shared: dict[str, list[str]] = {}
         for test, about in self.tests.items():
@@ -141,21 +148,26 @@ class Court:
         for name in sorted(names):
             if name in self.tests and self.tests[name]["alone"]:
                 cases[name.partition("[")[0]] += 1
-                waits[name] = self.tests[name]["seconds"] * cases[name.partition("[")[0]] / (1 + successes[name])
-        hearing, seconds = [], 0.0
-        for name in sorted(waits, key=lambda name: (waits[name], name)):
-            seconds += self.tests[name]["seconds"]
-            if seconds <= HEARING or not hearing:
-                hearing.append(name)
-        return hearing
+                waits[name] = self.seconds(name) * cases[name.partition("[")[0]] / (1 + successes[name])
+        return sorted(waits, key=lambda name: (waits[name], name))
+
+    def seconds(self, test: str) -> float:
+        """How long a test takes alone, with the fixtures that it shares."""
+        shared: float = sum(self.fixtures.get(fixture, 0.0) for fixture in self.tests[test]["fixtures"])
+        return self.tests[test]["seconds"] + shared
 
     def try_one(self, mutant: Mutant) -> tuple[Mutant, str | None]:
         """A mutant, and the test that notices it."""
         tests = self.tests_of(mutant)
-        test = noticed_by(mutant, tests, sum(self.tests[name]["seconds"] for name in tests)) if tests else None
-        if test is not None:
-            self.successes[mutant.file][test] += 1
-        return mutant, test
+        for seconds in HEARINGS:
+            heard, left = [], seconds
+            while tests and (self.seconds(tests[0]) <= left or not heard):
+                left -= self.seconds(tests[0])
+                heard.append(tests.pop(0))
+            if heard and (test := noticed_by(mutant, heard, seconds)):
+                self.successes[mutant.file][test] += 1
+                return mutant, test
+        return mutant, None
 
 
 def main() -> None:
@@ -176,6 +188,7 @@ def main() -> None:
         found = list(ignored_settings())
     every = [mutant for mutant in found if mutant.key not in EQUIVALENT][:: options.share]
     court = Court(known)
+    gc.freeze()
     counts, alive, settings = Counter(mutant.file for mutant in every), Counter[str](), {}
     # Processes without threads, which alone may fork safely; each learns by itself which tests notice most.
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ class Watch:
     def __init__(self, coverage: Any) -> None:
         self.coverage = coverage
         self.tests: dict[str, dict[str, Any]] = {}
+        self.fixtures: dict[str, float] = {}
         self.context = "import"
 
     def turn(self, context: str) -> None:
@@ -44,12 +46,18 @@ class Watch:
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any) -> Any:
         before = self.context
-        if fixturedef.scope != "function":
+        begun = time.perf_counter()
+        if shared := fixturedef.scope != "function":
             self.turn(f"fixture {fixturedef.argname}")
         try:
             return (yield)
         finally:
             self.turn(before)
+            if shared:
+                taken = time.perf_counter() - begun
+                self.fixtures[fixturedef.argname] = taken
+                if before in self.tests:
+                    self.tests[before]["seconds"] -= taken
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         self.tests[report.nodeid]["seconds"] += report.duration
@@ -72,15 +80,15 @@ def record() -> dict[str, Any]:
     """What was recorded for the package and its tests as they are. What has changed is recorded anew, in a process of its own.
 
     Returns:
-        `tests`: by name, their seconds, fixtures, and whether they start no process; `lines`: by file and line, the tests and
-        fixtures that pass through; `modules`: what else they import.
+        `tests`: by name, their seconds, fixtures, and whether they start no process; `fixtures`: those that are shared, and
+        their seconds; `lines`: by file and line, the tests and fixtures that pass through; `modules`: what else they import.
     """
     tests = {path.name: state_of([path]) for path in (ROOT / "tests").glob("test_*.py")}
     shared = state_of([*PACKAGE.rglob("*.py"), *(ROOT / "configs").glob("*"), ROOT / "tests/conftest.py"])
     kept = ROOT / ".pytest_cache" / "watched.json"
     known: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     if known.get("shared") != shared:
-        known = {"shared": shared, "files": {}, "tests": {}, "lines": {}, "modules": []}
+        known = {"shared": shared, "files": {}, "tests": {}, "fixtures": {}, "lines": {}, "modules": []}
     if stale := [name for name, state in tests.items() if known["files"].get(name) != state]:
         print(f"running {len(stale)} files of tests under coverage", flush=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -92,13 +100,8 @@ def record() -> dict[str, Any]:
             for line, contexts in known["lines"].get(file, {}).items():
                 kept_contexts = {name for name in contexts if name in old or not file_of(name).startswith("test_")}
                 lines[line] = sorted(kept_contexts.union(lines.get(line, [])))
-        known = {
-            "shared": shared,
-            "files": tests,
-            "tests": old | new["tests"],
-            "lines": new["lines"],
-            "modules": new["modules"],
-        }
+        new["fixtures"] = known["fixtures"] | new["fixtures"]
+        known = {"shared": shared, "files": tests, **new, "tests": old | new["tests"]}
         kept.parent.mkdir(exist_ok=True)
         kept.write_text(json.dumps(known))
     return known
@@ -129,7 +132,9 @@ def main() -> None:
         lines[".".join(path.relative_to(PACKAGE).with_suffix("").parts)] = data.contexts_by_lineno(str(path))
     ours = ("flowmatch_mnist", "test_", "conftest", "__main__", *(path.stem for path in Path(__file__).parent.glob("*.py")))
     modules = sorted(name for name in sys.modules if not name.startswith(ours))
-    Path(sys.argv[1]).write_text(json.dumps({"tests": watch.tests, "lines": lines, "modules": modules}))
+    Path(sys.argv[1]).write_text(
+        json.dumps({"tests": watch.tests, "fixtures": watch.fixtures, "lines": lines, "modules": modules})
+    )
     watched.report(show_missing=True)
 
 
