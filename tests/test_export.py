@@ -10,6 +10,7 @@ from conftest import assert_one_line_error, run_here
 
 from flowmatch_mnist.sampling.export import export
 from flowmatch_mnist.sampling.generate import Flow, Sampler, generate
+from flowmatch_mnist.sampling.weights import PRETRAINED, load
 
 ALONE = """
 import sys, torch
@@ -46,6 +47,18 @@ def test_onnx_draws_the_same_digits(tiny_net, tmp_path):
         assert images.dtype == np.uint8
         # A grey level may round to its neighbour, where another library adds up in another order.
         assert np.abs(images.astype(int) - given["images"].numpy().astype(int)).max() <= 1
+
+
+def test_the_sampler_is_the_one_asked_for(tmp_path, monkeypatch):
+    exported = []
+    monkeypatch.setattr("flowmatch_mnist.sampling.export.export", lambda *arguments: exported.append(arguments))
+    asked = ["--weights", "few-step", "--out", "digits.onnx", "--solver", "heun", "--steps", 3, "--guidance", 2]
+    done = run_here("flowmatch_mnist/export.py", *asked, cwd=tmp_path)
+    assert done.returncode == 0 and "wrote digits.onnx" in done.stdout and "heun, 3 steps, guidance 2" in done.stdout
+    run_here("flowmatch_mnist/export.py", "--weights", "mnist", cwd=tmp_path)
+    (_, changed, path), (flow, own, default) = exported
+    assert (changed.solver, changed.steps, changed.guidance, str(path)) == ("heun", 3, 2.0, "digits.onnx")
+    assert (flow.describe(own), str(default)) == (load(PRETRAINED["mnist"])[0].describe(own), "digits.pt2")
 
 
 def test_what_cannot_be_exported_is_told(tmp_path):

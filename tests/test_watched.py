@@ -1,0 +1,172 @@
+"""What is shown, measured and validated is what was trained: by networks that draw their label as a grey level."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_here
+from lightning.pytorch import Callback, Trainer
+from PIL import Image
+from test_runs import TOY, losses
+from torch import nn
+
+from flowmatch_mnist.data.digits import MNISTDataModule
+from flowmatch_mnist.flow.paths import match_dims
+from flowmatch_mnist.images import mnist
+from flowmatch_mnist.networks.base import Network
+from flowmatch_mnist.sampling.generate import Flow, Sampler, generate
+from flowmatch_mnist.training.drawing import DrawSamples
+from flowmatch_mnist.training.ema import EMA
+from flowmatch_mnist.training.evaluation import Evaluate
+from flowmatch_mnist.training.internals import average_of
+from flowmatch_mnist.training.module import FlowMatching
+from flowmatch_mnist.training.muon import Muon, orthogonalize
+from flowmatch_mnist.training.steps import learning_rate_factor
+
+LEVELS = [20 * label for label in range(10)]
+
+
+class Shades(Network):
+    """Carries all noise to the grey level of its label, 20 times as bright, and a little more by what it learns."""
+
+    shape = (1, 28, 28)
+
+    def __init__(self):
+        super().__init__(10, 4, False)
+        self.more, self.arguments, self.seen = nn.Parameter(torch.zeros(())), {}, []
+
+    def forward(self, x, t, y, until=None):
+        self.seen.append((self.training, len(x), round(t[0].item(), 6)))
+        level = 20 * y / 127.5 - 1 + self.more
+        return (match_dims(level, x) - x) / (1 - match_dims(t, x)).clamp(min=1e-3)
+
+
+@pytest.fixture
+def digits(monkeypatch):
+    """In place of MNIST: 600 images of the grey levels."""
+    labels = torch.arange(600) % 10
+    images = (20 * labels).byte()[:, None, None].expand(600, 28, 28)
+    monkeypatch.setattr(mnist, "prepare", lambda folder: None)
+    monkeypatch.setattr(mnist, "load", lambda folder, split: (images, labels))
+    return MNISTDataModule(batch_size=20, val_size=100)
+
+
+class Steady(torch.optim.SGD):
+    """By gradients of one size: what is learned grows by a tenth in each step."""
+
+    def step(self, closure=None):
+        closure()
+        for p in self.param_groups[0]["params"]:
+            p.grad = None if p.grad is None else torch.full_like(p, -0.1)
+        super().step()
+
+
+def fit(folder, data, *callbacks, rate=1.0, warmup_steps=0, decay="constant", **settings):
+    module = FlowMatching(Shades(), lambda p: Steady(p, lr=rate), warmup_steps, decay, Sampler(3, "euler"))
+    usual = {"max_epochs": 1, "limit_train_batches": 4, "limit_val_batches": 1, "logger": False, "enable_checkpointing": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    trainer = Trainer(accelerator="cpu", default_root_dir=folder, callbacks=list(callbacks), **(usual | quiet | settings))
+    trainer.fit(module, data)
+
+
+def test_the_columns_of_the_grid_are_the_digits_and_its_rows_samples(tmp_path, digits, monkeypatch):
+    monkeypatch.setattr(Trainer, "log_dir", tmp_path)
+    fit(tmp_path, digits, DrawSamples(rows=3), rate=0.0)
+    with Image.open(tmp_path / "samples/grid-000004.png") as grid:
+        cells = torch.tensor(list(grid.getdata())).view(3, 120, 10, 120)[:, 60, :, 60]
+    assert cells.tolist() == [LEVELS] * 3
+    with Image.open(tmp_path / "samples/trajectory-000004.png") as strip:
+        ends = torch.tensor(list(strip.getdata())).view(10, 120, 4, 120)[:, 60, -1, 60]
+    assert ends.tolist() == LEVELS, "a row for each digit, which ends in it"
+
+
+class Look(Callback):
+    """Notes what the network had learned in each validation and after each step."""
+
+    def __init__(self):
+        self.validated, self.trained = [], []
+
+    def on_validation_batch_end(self, trainer, module, *_):
+        self.validated.append(module.net.more.item())
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.trained.append(module.net.more.item())
+
+
+def test_the_averaged_weights_are_validated_and_measured_and_the_raw_ones_trained(tmp_path, digits, monkeypatch):
+    measured = []
+    scorer = lambda held_out, training, device: lambda samples: measured.append(samples) or []  # noqa: E731
+    monkeypatch.setattr(digits.problem, "scorer", scorer)
+    look, ema = Look(), EMA(decay=0.5)
+    fit(tmp_path, digits, ema, look, Evaluate(every_n_epochs=1, samples=20))
+    torch.testing.assert_close(torch.tensor(look.trained), 0.1 * torch.arange(1, 5.0))
+    average = 0.1
+    for n, now in enumerate(look.trained[1:], 1):
+        decay = min(0.5, (1 + n) / (10 + n))
+        average = decay * average + (1 - decay) * now
+    assert average_of(ema).net.more.item() == pytest.approx(average)
+    assert look.validated == [pytest.approx(average)]
+    (samples,) = measured
+    assert samples.labels.tolist() == [*range(10)] * 2
+    more = samples.values[:, 14, 14].float() - torch.tensor(LEVELS * 2)
+    assert (more - 127.5 * average).abs().max() < 1
+
+
+def test_sampling_is_in_evaluation_mode_and_leaves_the_mode_as_it_was():
+    net = Shades()
+    for mode in (True, False):
+        net.train(mode)
+        generate(Flow(net), torch.arange(3), Sampler(2, "euler"))
+        assert net.training == mode
+    assert not any(training for training, _, _ in net.seen)
+
+
+def test_guidance_acts_in_the_samplers_interval():
+    net = Shades()
+    generate(Flow(net), torch.arange(3), Sampler(10, "euler", 2.0, (0.35, 0.65)))
+    assert [count for _, count, _ in net.seen] == [3] * 4 + [6] * 3 + [3] * 3
+    assert [t for *_, t in net.seen] == pytest.approx([n / 10 for n in range(10)])
+
+
+@pytest.mark.parametrize("decay", ["cosine", "linear"])
+def test_the_learning_rate_moves_with_each_optimizer_step_to_its_end(tmp_path, digits, decay):
+    class Rates(Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            self.seen = [*getattr(self, "seen", []), optimizer.param_groups[0]["lr"]]
+
+    rates = Rates()
+    steps = {"limit_train_batches": 8, "max_epochs": 2, "accumulate_grad_batches": 2}
+    fit(tmp_path, digits, rates, rate=0.5, warmup_steps=2, decay=decay, **steps)
+    assert rates.seen == pytest.approx([0.5 * learning_rate_factor(step, 2, 8, decay) for step in range(8)])
+
+
+def test_muon_follows_its_recurrence():
+    kernel, gradients = nn.Parameter(torch.randn(4, 3, 2, 2)), torch.randn(3, 4, 3, 2, 2)
+    expected, momentum = kernel.detach().clone(), torch.zeros(4, 3, 2, 2)
+    optimizer = Muon([kernel], lr=0.1, weight_decay=0.2, momentum=0.7)
+    for gradient in gradients:
+        kernel.grad = gradient.clone()
+        optimizer.step()
+        momentum = 0.7 * momentum + 0.3 * gradient
+        (update,) = orthogonalize([(0.3 * gradient + 0.7 * momentum).flatten(1)])
+        expected = (1 - 0.1 * 0.2) * expected - 0.1 * 0.2 * 12**0.5 * update.view_as(expected)
+        torch.testing.assert_close(kernel.detach(), expected)
+
+
+class Seeds(Callback):
+    """Writes down the seeds of a run."""
+
+    def on_train_start(self, trainer, module):
+        Path("seeds").write_text(f"{module.seed} {trainer.datamodule.seed}")
+
+
+def test_the_seed_of_a_run_reaches_its_module_and_its_data(tmp_path):
+    found = []
+    for seed in (0, 0, 1):
+        asked = ["--trainer.max_epochs", 1, "--seed_everything", seed, "--trainer.callbacks", "test_watched.Seeds"]
+        folder = tmp_path / str(len(found))
+        folder.mkdir()
+        assert run_here("train.py", *TOY, *asked, cwd=folder).returncode == 0
+        assert (folder / "seeds").read_text() == f"{seed} {seed}"
+        found.append(losses(folder))
+    assert found[0] == found[1] != found[2]
