@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Evil, assert_one_line_error, run, run_here
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from flowmatch_mnist.data.digits import MNISTDataModule
 from flowmatch_mnist.images import mnist
-from flowmatch_mnist.images.pictures import grid
+from flowmatch_mnist.images.pictures import grid, save_gif
 from flowmatch_mnist.sampling.generate import Flow, Sampler, generate
 from flowmatch_mnist.sampling.units import UNITS
 from flowmatch_mnist.sampling.weights import PRETRAINED, load, newest_checkpoint, save
@@ -253,6 +253,15 @@ def test_a_grid_is_rows_of_cells():
     assert sheet[1::4, 1::5].tolist() == [[0, 1], [2, 3], [4, 0]]
     assert sheet[0, 0] == 64
     assert torch.equal(grid(images, 2, scale=3)[::3, ::3], sheet)
+
+
+def test_an_animation_shows_each_state_for_a_while_and_holds_the_last(tmp_path):
+    frames = 50 * torch.arange(3, dtype=torch.uint8)[:, None, None].expand(3, 4, 4)
+    for settings, durations in (({}, [80, 80, 1200]), ({"milliseconds": 40, "hold": 500}, [40, 40, 500])):
+        save_gif(frames, tmp_path / "way.gif", **settings)
+        with Image.open(tmp_path / "way.gif") as picture:
+            shown = [(frame.info["duration"], frame.convert("L").getpixel((1, 1))) for frame in ImageSequence.Iterator(picture)]
+            assert shown == [*zip(durations, (0, 50, 100), strict=True)] and picture.info["loop"] == 0
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):

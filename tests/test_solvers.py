@@ -7,7 +7,7 @@ import torch
 from oracle import MEAN, SPREAD, Averaged, Gaussian
 
 from flowmatch_mnist.flow.paths import PATHS
-from flowmatch_mnist.flow.solvers import ONE_STEP, SOLVERS, time_grid, trajectory
+from flowmatch_mnist.flow.solvers import ONE_STEP, SOLVERS, check_solver, time_grid, trajectory
 
 STRAIGHT = PATHS["linear"]
 velocity = Gaussian(STRAIGHT, "velocity")
@@ -166,3 +166,20 @@ def test_a_step_of_the_exact_mean_velocity_is_exact():
     for steps in (1, 2, 5):
         *_, reached = trajectory(ask, X0, time_grid(steps), "average")
         torch.testing.assert_close(reached, X1, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"solver": "leapfrog"}, "no solver 'leapfrog'"),
+        ({"spacing": "even"}, "no spacing 'even'"),
+        ({"steps": 0}, "at least 1, got 0"),
+        ({"churn": -0.1}, "churn must be"),
+        ({"churn": float("inf")}, "churn must be"),
+        ({"churn": 0.1, "solver": "dpmpp_2m"}, "dpmpp_2m follows one smooth trajectory"),
+    ],
+)
+def test_what_does_not_exist_or_work_together_is_refused(settings, words):
+    check_solver("euler", 1, "log_snr", 0.5)
+    with pytest.raises(ValueError, match=words):
+        check_solver(**{"solver": "euler", "steps": 1, **settings})

@@ -1,10 +1,13 @@
 """The UNet: its shapes at other sizes, and that each of its parts has a say."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from flowmatch_mnist.networks.base import TimeEmbedding
 from flowmatch_mnist.networks.unet import ResidualBlock, SelfAttention, UNet
 from flowmatch_mnist.sampling.weights import PRETRAINED, warm_start
 from flowmatch_mnist.support.errors import UserError
@@ -79,6 +82,15 @@ def test_time_label_and_attention_each_change_the_field(tiny_net):
     assert not torch.allclose(v, tiny_net(x, t, torch.tensor([tiny_net.no_label])), atol=1e-4)
     tiny_net.middle.attention[0].out.weight.data.zero_()
     assert not torch.allclose(v, tiny_net(x, t, y), atol=1e-4)
+
+
+def test_the_frequencies_of_time_run_geometrically_from_one_radian():
+    embedding = TimeEmbedding(4, features=6, max_frequency=25.0)
+    torch.testing.assert_close(embedding.frequencies, torch.tensor([1.0, 5.0, 25.0]))
+    embedding.mlp, t = nn.Identity(), torch.tensor([0.5])
+    waves = [*(math.cos(w / 2) for w in (1, 5, 25)), *(math.sin(w / 2) for w in (1, 5, 25))]
+    torch.testing.assert_close(embedding(t), torch.tensor([waves]))
+    assert TimeEmbedding(4).frequencies[[0, -1]].tolist() == [1, pytest.approx(100)]
 
 
 def test_its_arguments_build_it_again(tiny_net):

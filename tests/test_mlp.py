@@ -1,0 +1,34 @@
+"""The perceptron of the first lessons: as wide and deep as asked, told of time, label and span."""
+
+import pytest
+import torch
+
+from flowmatch_mnist.networks.mlp import MLP
+
+
+def test_it_has_the_size_asked_for_and_its_arguments_build_it_again():
+    net = MLP(dim=3, width=6, layers=2, classes=4)
+    assert net.shape == (3,) and net.no_label == 4 and not net.spans
+    assert [layer.weight.shape for layer in (net.first, *net.hidden, net.last)] == [(6, 3), (6, 6), (6, 6), (3, 6)]
+    again = MLP(**net.arguments)
+    again.load_state_dict(net.state_dict())
+    x, t, y = torch.randn(5, 3), torch.rand(5), torch.arange(5)
+    assert torch.equal(again(x, t, y), net(x, t, y)) and net(x, t, y).shape == (5, 3)
+
+
+def test_time_label_and_span_each_change_the_field():
+    net = MLP(classes=3, spans=True)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, t, y, until = torch.randn(2, 2), torch.tensor([0.2, 0.4]), torch.tensor([0, 1]), torch.tensor([0.7, 0.9])
+    field = net(x, t, y, until)
+    others = [(x + 1, t, y, until), (x, t + 0.1, y, until + 0.1), (x, t, y + 1, until), (x, t, y, until + 0.1), (x, t, y, t)]
+    for other in others:
+        assert not torch.allclose(net(*other), field, atol=1e-4)
+    assert torch.equal(net(x, t, y), net(x, t, y, t)), "without an end, the span is an instant"
+
+
+@pytest.mark.parametrize("name", ["dim", "width", "layers", "classes"])
+def test_sizes_must_be_positive(name):
+    with pytest.raises(ValueError, match="positive"):
+        MLP(**{name: 0})
