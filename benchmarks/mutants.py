@@ -25,7 +25,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -151,22 +151,24 @@ class Court:
                 waits[name] = self.seconds(name) * cases[name.partition("[")[0]] / (1 + successes[name])
         return sorted(waits, key=lambda name: (waits[name], name))
 
-    def seconds(self, test: str) -> float:
-        """How long a test takes alone, with the fixtures that it shares."""
-        shared: float = sum(self.fixtures.get(fixture, 0.0) for fixture in self.tests[test]["fixtures"])
-        return self.tests[test]["seconds"] + shared
+    def seconds(self, test: str, paid: Collection[str] = ()) -> float:
+        """How long a test takes, with the fixtures that tests share, but for those that are there already."""
+        fixtures = set(self.tests[test]["fixtures"]).difference(paid)
+        return float(self.tests[test]["seconds"] + sum(self.fixtures.get(fixture, 0.0) for fixture in fixtures))
 
     def try_one(self, mutant: Mutant) -> tuple[Mutant, str | None]:
         """A mutant, and the test that notices it."""
-        tests = self.tests_of(mutant)
+        tests, paid = self.tests_of(mutant), set[str]()
         for seconds in HEARINGS:
-            heard, left = [], seconds
-            while tests and (self.seconds(tests[0]) <= left or not heard):
-                left -= self.seconds(tests[0])
+            heard, taken = [], 0.0
+            while tests and (taken + self.seconds(tests[0], paid) <= seconds or not heard):
+                taken += self.seconds(tests[0], paid)
+                paid.update(self.tests[tests[0]]["fixtures"])
                 heard.append(tests.pop(0))
             if heard and (test := noticed_by(mutant, heard, seconds)):
                 self.successes[mutant.file][test] += 1
                 return mutant, test
+            paid.clear()
         return mutant, None
 
 
