@@ -142,7 +142,8 @@ class Court:
         lines = self.lines.get(mutant.file, {})
         inside = [lines.get(str(line), []) for line in range(mutant.line, mutant.end + 1)]
         contexts = {context for found in inside for context in found if context != "import"}
-        contexts = contexts or {context for found in lines.values() for context in found}
+        if not contexts or mutant.what.startswith("field "):
+            contexts = {context for found in lines.values() for context in found}
         names = {test for context in contexts for test in self.shared.get(context, [context])}
         successes, cases, waits = self.successes[mutant.file], Counter[str](), {}
         for name in sorted(names):

@@ -14,9 +14,10 @@ from PIL import Image, ImageSequence
 from flowmatch_mnist.data.digits import MNISTDataModule
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.images.pictures import grid, save_gif
+from flowmatch_mnist.sampling import weights
 from flowmatch_mnist.sampling.generate import Flow, Sampler, generate
 from flowmatch_mnist.sampling.units import UNITS
-from flowmatch_mnist.sampling.weights import PRETRAINED, load, newest_checkpoint, save
+from flowmatch_mnist.sampling.weights import PRETRAINED, draw, load, newest_checkpoint, save
 from flowmatch_mnist.support.errors import UserError
 from flowmatch_mnist.support.files import load_weights, replacing, save_checkpoint, save_weights
 
@@ -223,8 +224,24 @@ def test_the_newest_run_is_chosen(tmp_path):
         os.utime(path, (1e9 - age, 1e9 - age))
     assert "new/" in str(newest_checkpoint(tmp_path))
     assert "oldest/" in str(newest_checkpoint(tmp_path, "oldest"))
+    save_checkpoint(tmp_path / "old/version_0/checkpoints/best.ckpt", {})
+    assert newest_checkpoint(tmp_path, file="best.ckpt") == tmp_path / "old/version_0/checkpoints/best.ckpt"
     with pytest.raises(UserError, match="none"):
         newest_checkpoint(tmp_path, "none")
+
+
+def test_a_model_goes_to_its_device(tmp_path, tiny_net, monkeypatch):
+    save(tmp_path / "model.safetensors", Flow(tiny_net), Sampler(), {})
+    for device in ("cpu", "meta"):
+        flow, _ = load(tmp_path / "model.safetensors", device)
+        assert {parameter.device.type for parameter in flow.net.parameters()} == {device}
+    seen = []
+    monkeypatch.setattr(
+        weights, "load", lambda path, device: seen.append((path, device)) or (Flow(tiny_net), Sampler(1, "euler"))
+    )
+    for asked in ({}, {"weights": "few-step", "device": "abacus"}):
+        draw([1], **asked)
+    assert seen == [(PRETRAINED["mnist"], "cpu"), (PRETRAINED["few-step"], "abacus")]
 
 
 def test_a_checkpoint_gives_the_averaged_weights(tiny_run):

@@ -1,7 +1,7 @@
 """Every setting acts: the table of all arguments with a default, fields of dataclasses and options, and the test of each.
 
-`python benchmarks/mutants.py --settings` writes it: it has the package ignore each setting in turn, and takes the first test that
-fails.
+`python benchmarks/mutants.py --settings` writes it: it has the package ignore each setting in turn, and takes the first test
+that fails.
 """
 
 import json

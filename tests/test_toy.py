@@ -13,7 +13,7 @@ from flowmatch_mnist import draw, load
 from flowmatch_mnist.data.curve import LENGTH, CurveDataModule, curve
 from flowmatch_mnist.networks.mlp import MLP
 from flowmatch_mnist.sampling.generate import Flow, Sampler, Samples, draw_noise
-from flowmatch_mnist.sampling.units import UNITS
+from flowmatch_mnist.sampling.units import UNITS, Plane
 from flowmatch_mnist.sampling.weights import KEY, save
 from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.errors import UserError
@@ -107,6 +107,14 @@ def test_the_network_sees_standard_noise_and_the_picture_the_plane():
     assert x0.shape == x1.shape == (1, 2) and y.tolist() == [0]
     torch.testing.assert_close(data.problem.units.decode(x1), curve(torch.tensor([LENGTH])))
     torch.testing.assert_close(x1[0, 0], torch.tensor(LENGTH / 2))
+
+
+def test_the_plane_is_shrunk_by_its_scale():
+    points = torch.tensor([[4.0, -8.0]])
+    for units, scale in ((UNITS["plane"], 2), (Plane("plane", scale=4.0), 4)):
+        assert units.name == "plane" and torch.equal(units.encode(points), points / scale)
+        assert torch.equal(units.decode(units.encode(points)), points)
+    assert Plane("linear").name == "linear"
 
 
 def test_a_network_for_other_data_is_refused(tmp_path):

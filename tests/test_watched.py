@@ -15,12 +15,15 @@ from flowmatch_mnist.flow.paths import match_dims
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.networks.base import Network
 from flowmatch_mnist.sampling.generate import Flow, Sampler, generate
+from flowmatch_mnist.support.files import load_checkpoint
+from flowmatch_mnist.training.best import KeepBest
 from flowmatch_mnist.training.drawing import DrawSamples
 from flowmatch_mnist.training.ema import EMA
 from flowmatch_mnist.training.evaluation import Evaluate
 from flowmatch_mnist.training.internals import average_of
 from flowmatch_mnist.training.module import FlowMatching
 from flowmatch_mnist.training.muon import Muon, orthogonalize
+from flowmatch_mnist.training.saving import CheckpointFiles
 from flowmatch_mnist.training.steps import learning_rate_factor
 
 LEVELS = [20 * label for label in range(10)]
@@ -151,6 +154,32 @@ def test_muon_follows_its_recurrence():
         (update,) = orthogonalize([(0.3 * gradient + 0.7 * momentum).flatten(1)])
         expected = (1 - 0.1 * 0.2) * expected - 0.1 * 0.2 * 12**0.5 * update.view_as(expected)
         torch.testing.assert_close(kernel.detach(), expected)
+
+
+class Figures(Callback):
+    """Logs a figure in each validation, which falls and rises again."""
+
+    def on_validation_epoch_end(self, trainer, module):
+        module.log("figure", [0.5, 0.3, 0.7, 0.4][trainer.global_step // 2 - 1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "best", "kept"),
+    [
+        ({"mode": "min"}, 4, []),
+        ({"mode": "max"}, 6, []),
+        ({"mode": "min", "save_top_k": 2}, 4, ["step=4.ckpt", "step=8.ckpt"]),
+        ({"mode": "max", "save_top_k": -1, "filename": "{step}-a"}, 6, [f"step={n}-a.ckpt" for n in (2, 4, 6, 8)]),
+        ({"mode": "max", "filename": "top"}, 6, ["top.ckpt"]),
+    ],
+)
+def test_the_best_is_by_the_figure_that_is_named(tmp_path, digits, monkeypatch, settings, best, kept):
+    monkeypatch.setattr(Trainer, "log_dir", tmp_path)
+    keep = KeepBest(monitor="figure", **settings)
+    often = {"limit_train_batches": 8, "val_check_interval": 2}
+    fit(tmp_path, digits, Figures(), keep, enable_checkpointing=True, plugins=[CheckpointFiles()], **often)
+    assert load_checkpoint(tmp_path / "checkpoints/best.ckpt")["global_step"] == best
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == sorted(["best.ckpt", *kept])
 
 
 class Seeds(Callback):

@@ -55,7 +55,7 @@ class KeepBest(ModelCheckpoint):
             enable_version_counter=enable_version_counter,
             **settings,
         )
-        self._copied = ""
+        self._copied: tuple[str, int] | None = None  # the path, and the time of its writing
 
     @property
     def state_key(self) -> str:
@@ -109,10 +109,12 @@ class KeepBest(ModelCheckpoint):
 
     def _copy(self, trainer: Trainer) -> None:
         """Have the best as `best.ckpt` in the run's folder, whatever its name is."""
-        if self.folder is None or not trainer.is_global_zero or self.best_model_path == self._copied:
+        path = Path(self.best_model_path)
+        if self.folder is None or not trainer.is_global_zero or not self.best_model_path:
             return
+        newest = (str(path), path.stat().st_mtime_ns)
         best = self.folder / "checkpoints" / "best.ckpt"
-        if Path(self.best_model_path) != best:
+        if newest != self._copied and path != best:
             with replacing(best) as temporary:
-                shutil.copyfile(self.best_model_path, temporary)
-        self._copied = self.best_model_path
+                shutil.copyfile(path, temporary)
+        self._copied = newest
