@@ -14,8 +14,10 @@ from flowmatch_mnist.data.digits import MNISTDataModule
 from flowmatch_mnist.flow.paths import match_dims
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.networks.base import Network
-from flowmatch_mnist.sampling.generate import Flow, Sampler, generate
+from flowmatch_mnist.sampling.generate import Flow, Sampler, draw_noise, generate
+from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.files import load_checkpoint
+from flowmatch_mnist.training import drawing, evaluation
 from flowmatch_mnist.training.best import KeepBest
 from flowmatch_mnist.training.drawing import DrawSamples
 from flowmatch_mnist.training.ema import EMA
@@ -180,6 +182,48 @@ def test_the_best_is_by_the_figure_that_is_named(tmp_path, digits, monkeypatch, 
     fit(tmp_path, digits, Figures(), keep, enable_checkpointing=True, plugins=[CheckpointFiles()], **often)
     assert load_checkpoint(tmp_path / "checkpoints/best.ckpt")["global_step"] == best
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == sorted(["best.ckpt", *kept])
+
+
+def test_a_name_that_is_taken_is_counted_up_only_if_asked(tmp_path, digits, monkeypatch):
+    monkeypatch.setattr(Trainer, "log_dir", tmp_path)
+    for counted, names in ((False, {"top.ckpt"}), (False, {"top.ckpt"}), (True, {"top.ckpt", "top-v1.ckpt"})):
+        keep = KeepBest("top", "figure", enable_version_counter=counted)
+        often = {"limit_train_batches": 2, "val_check_interval": 2, "enable_checkpointing": True}
+        fit(tmp_path, digits, Figures(), keep, plugins=[CheckpointFiles()], **often)
+        assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"best.ckpt"} | names
+
+
+@pytest.mark.parametrize("kind", [DrawSamples, Evaluate])
+@pytest.mark.parametrize(
+    ("when", "steps"),
+    [
+        ({"every_n_epochs": 2}, [8, 16]),
+        ({"every_n_epochs": 0, "every_n_steps": 3}, [3, 6, 9, 12, 15]),
+        ({"every_n_epochs": 1, "every_n_steps": 8}, [4, 8, 12, 16]),
+        ({"every_n_epochs": 0}, []),
+        ({}, [4, 8, 12, 16]),
+    ],
+)
+def test_pictures_and_figures_come_when_they_are_asked_for(tmp_path, digits, kind, when, steps):
+    done = []
+    periodic = kind(**when)
+    periodic.act = lambda trainer, module: done.append(trainer.global_step)
+    fit(tmp_path, digits, periodic, max_epochs=4)
+    assert done == (steps if when or kind is DrawSamples else [])
+
+
+@pytest.mark.parametrize(("kind", "room"), [(DrawSamples, drawing), (Evaluate, evaluation)])
+def test_pictures_and_figures_are_of_the_noise_and_number_asked_for(tmp_path, digits, monkeypatch, kind, room):
+    monkeypatch.setattr(Trainer, "log_dir", tmp_path)
+    seen, really = [], room.generate
+    monkeypatch.setattr(room, "generate", lambda *a, **s: seen.append(really(*a, **s, decode=torch.clone)) or really(*a, **s))
+    monkeypatch.setattr(digits.problem, "scorer", lambda *_: lambda samples: [])
+    monkeypatch.setattr(Shades, "forward", lambda net, x, t, y, until=None: 0 * x + 0 * net.more)
+    for seed in (0, 0, 7):
+        fit(tmp_path, digits, kind(1, seed=seed, **({"rows": 2} if kind is DrawSamples else {"samples": 20})), rate=0.0)
+    first, again, other = (samples.values for samples in seen)
+    assert len(first) == 20 and torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(other[3:4], draw_noise(4, (1, 28, 28), streams.generator("cpu", 7, "sampling"))[3:])
 
 
 class Seeds(Callback):
