@@ -11,4 +11,8 @@ EQUIVALENT = {
     "flow.times: sign flipped in `positions.to(widest_float(positions.device)) * golden + batch_index * root_two`": (
         "either way, another shift per batch"
     ),
+    "training.parser: argument ex ignored in `ConfigParser.error`": "jsonargparse hands it over; one line says it all",
+    "training.saving: argument storage_options ignored in `CheckpointFiles.save_checkpoint`": "Lightning's; files are local",
+    "training.saving: argument map_location ignored in `CheckpointFiles.load_checkpoint`": "Lightning's; it is read on the CPU",
+    "training.saving: argument weights_only ignored in `CheckpointFiles.load_checkpoint`": "Lightning's; it is always so",
 }

@@ -2,13 +2,13 @@
 
     python benchmarks/mutants.py                       all of them
     python benchmarks/mutants.py flow.paths reflow     those of some files
-    python benchmarks/mutants.py --settings            settings that are ignored; writes tests/settings.json
+    python benchmarks/mutants.py --settings            settings without a test in tests/settings.json, which it writes
 
 A mistake is a sign flipped, a factor dropped, a comparison or a condition changed, a number off by one, an argument not handed
 on, ignored or swapped with its neighbour, a call left out, a split or a period in place of another (`mutations.py` has them
 all). The tests are run once under coverage. Then each mutant meets those that pass through its lines, in a forked process.
-Tests that start processes do not count: those would run the code as it is. Prints the mutants that no test notices, and their
-number for each file. Ends with status 1 if more than 3% survive.
+Tests that start processes do not count: those would run the code as it is. All is done in a copy of the project. Prints the
+mutants that no test notices, and their number for each file. Ends with status 1 if more than 3% survive.
 """
 
 import argparse
@@ -21,7 +21,9 @@ import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -38,7 +40,7 @@ from mutations import FILES, PACKAGE, Mutant, ignored_settings, mutants
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from watch import record
+from watch import WATCHED, record
 
 ROOT = PACKAGE.parent
 SETTINGS = ROOT / "tests" / "settings.json"
@@ -49,6 +51,8 @@ OPTIONS = [
     "addopts=",
     *(f"-pno:{name}" for name in ("cacheprovider", "unraisableexception", "threadexception")),
 ]
+COPY = "FLOWMATCH_MNIST_COPY"
+"""A variable that tells the script that it runs in a copy of the project."""
 HEARINGS = (3.0, 20.0)
 """Seconds of tests that a mutant meets at first, and, if it survives those, after that."""
 
@@ -105,7 +109,7 @@ def noticed_by(mutant: Mutant, tests: Sequence[str], seconds: float) -> str | No
                     os.dup2(nothing, number)
                 os.setsid()
                 signal.signal(signal.SIGALRM, lambda *_: os.killpg(0, signal.SIGKILL))
-                signal.alarm(round(30 + 3 * seconds))
+                signal.alarm(round(60 + 6 * seconds))
                 sys.meta_path.insert(0, Loader(mutant))
                 run_path(mutant)
                 import pytest
@@ -173,13 +177,35 @@ class Court:
         return mutant, None
 
 
+def in_a_copy() -> int:
+    """Do the same in a copy of the project, which mutants may damage; bring back what is to be kept: the exit status."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / ROOT.name
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", ".venv*", "*.egg-info"))
+        command = [sys.executable, str(copy / "benchmarks/mutants.py"), *sys.argv[1:]]
+        status = subprocess.run(command, env=os.environ | {COPY: "1", "PYTHONPATH": str(copy)}, check=False).returncode
+        for path in (SETTINGS, WATCHED):
+            if (made := copy / path.relative_to(ROOT)).exists():
+                path.parent.mkdir(exist_ok=True)
+                shutil.copy(made, path)
+    return status
+
+
+def exists(test: str) -> bool:
+    """Whether there is a test of that name."""
+    file, _, name = test.partition("::")
+    return (ROOT / file).exists() and f"def {name}(" in (ROOT / file).read_text()
+
+
 def main() -> None:
     """Try them all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", metavar="FILE", help=f"of the package: {', '.join(FILES)}")
-    parser.add_argument("--settings", action="store_true", help="only arguments and fields that are ignored")
+    parser.add_argument("--settings", action="store_true", help="only settings that tests/settings.json has no test for")
     parser.add_argument("--share", type=int, default=1, metavar="N", help="only every N-th (default: 1)")
     options = parser.parse_args()
+    if COPY not in os.environ:
+        raise SystemExit(in_a_copy())
     os.chdir(ROOT)
     known = record()
     sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -187,27 +213,29 @@ def main() -> None:
         with suppress(Exception):
             importlib.import_module(name)
     found = [mutant for file in options.files or FILES for mutant in mutants(file)]
+    table: dict[str, str] = json.loads(SETTINGS.read_text()) if SETTINGS.exists() else {}
     if options.settings:
-        found = list(ignored_settings())
+        table = {key: test for key, test in table.items() if test and exists(test)}
+        found = [mutant for mutant in ignored_settings() if mutant.key not in table]
     every = [mutant for mutant in found if mutant.key not in EQUIVALENT][:: options.share]
     court = Court(known)
     gc.freeze()
-    counts, alive, settings = Counter(mutant.file for mutant in every), Counter[str](), {}
+    counts, alive = Counter(mutant.file for mutant in every), Counter[str]()
     # Processes without threads, which alone may fork safely; each learns by itself which tests notice most.
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         for mutant, test in track(pool.imap_unordered(court.try_one, every), "mutants", len(every)):
             if test is None:
                 alive[mutant.file] += 1
                 print(f"survived: {mutant.file}, line {mutant.line}: {mutant.what}", flush=True)
-            settings[mutant.key] = test and test.partition("[")[0]
-    table = Table("file", "mutants", "survived")
-    for file, count in counts.items():
-        table.add_row(file, str(count), str(alive[file]))
-    Console().print(table)
+            elif options.settings and "::" in test:
+                table[mutant.key] = test.partition("[")[0]
+                SETTINGS.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    counted = Table("file", "mutants", "survived")
+    for file, count in sorted(counts.items()):
+        counted.add_row(file, str(count), str(alive[file]))
+    Console().print(counted)
     share = alive.total() / max(1, len(every))
     print(f"{len(every)} mutants, {alive.total()} survived ({share:.1%}); {len(found) - len(every)} others are no mistake")
-    if options.settings:
-        SETTINGS.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
     raise SystemExit(int(share > 0.03))
 
 

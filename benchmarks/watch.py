@@ -14,6 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "flowmatch_mnist"
+WATCHED = ROOT / ".pytest_cache" / "watched.json"
+"""Where what was recorded is kept."""
 
 
 class Watch:
@@ -83,10 +85,10 @@ def record() -> dict[str, Any]:
         `tests`: by name, their seconds, fixtures, and whether they start no process; `fixtures`: those that are shared, and
         their seconds; `lines`: by file and line, the tests and fixtures that pass through; `modules`: what else they import.
     """
-    tests = {path.name: state_of([path]) for path in (ROOT / "tests").glob("test_*.py")}
+    # That of the settings looks at no code, but at the table that comes of this.
+    tests = {path.name: state_of([path]) for path in (ROOT / "tests").glob("test_*.py") if path.name != "test_settings.py"}
     shared = state_of([*PACKAGE.rglob("*.py"), *(ROOT / "configs").glob("*"), ROOT / "tests/conftest.py"])
-    kept = ROOT / ".pytest_cache" / "watched.json"
-    known: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    known: dict[str, Any] = json.loads(WATCHED.read_text()) if WATCHED.exists() else {}
     if known.get("shared") != shared:
         known = {"shared": shared, "files": {}, "tests": {}, "fixtures": {}, "lines": {}, "modules": []}
     if stale := [name for name, state in tests.items() if known["files"].get(name) != state]:
@@ -102,8 +104,8 @@ def record() -> dict[str, Any]:
                 lines[line] = sorted(kept_contexts.union(lines.get(line, [])))
         new["fixtures"] = known["fixtures"] | new["fixtures"]
         known = {"shared": shared, "files": tests, **new, "tests": old | new["tests"]}
-        kept.parent.mkdir(exist_ok=True)
-        kept.write_text(json.dumps(known))
+        WATCHED.parent.mkdir(exist_ok=True)
+        WATCHED.write_text(json.dumps(known))
     return known
 
 

@@ -11,6 +11,7 @@ from test_runs import TOY, losses
 from torch import nn
 
 from flowmatch_mnist.data.digits import MNISTDataModule
+from flowmatch_mnist.evaluation.metrics import Measurement
 from flowmatch_mnist.flow.paths import match_dims
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.networks.base import Network
@@ -72,6 +73,7 @@ def fit(folder, data, *callbacks, rate=1.0, warmup_steps=0, decay="constant", **
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     trainer = Trainer(accelerator="cpu", default_root_dir=folder, callbacks=list(callbacks), **(usual | quiet | settings))
     trainer.fit(module, data)
+    return trainer, module
 
 
 def test_the_columns_of_the_grid_are_the_digits_and_its_rows_samples(tmp_path, digits, monkeypatch):
@@ -224,6 +226,13 @@ def test_pictures_and_figures_are_of_the_noise_and_number_asked_for(tmp_path, di
     first, again, other = (samples.values for samples in seen)
     assert len(first) == 20 and torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(other[3:4], draw_noise(4, (1, 28, 28), streams.generator("cpu", 7, "sampling"))[3:])
+
+
+def test_quality_is_measured_by_each_number_of_steps(tmp_path, digits, monkeypatch):
+    monkeypatch.setattr(digits.problem, "headlines", ("quality/figure",))
+    monkeypatch.setattr(digits.problem, "scorer", lambda *_: lambda samples: [Measurement("figure", 0.5, 0.25)])
+    points = Evaluate(samples=20, steps=(3, 1, 3)).by_steps(*fit(tmp_path, digits), "val")
+    assert points == [{"steps": n, "evaluations": n, "samples": 20, "figures": {"figure": 0.5}} for n in (1, 3)]
 
 
 class Seeds(Callback):
