@@ -15,12 +15,19 @@ DIFFUSION = ["--model.path", "vp", "--model.prediction", "noise", "--model.sampl
 VARIANTS = {
     "logit": ["--data.pixels", "logit", "--data.dequantize", "true"],
     "ddpm": [*DIFFUSION, "--model.weighting", "ddpm", "--model.sampler.churn", 1],
-    "ddim": [*DIFFUSION, "--model.weighting", "sd3", "--model.loss", "huber", "--model.sampler.spacing", "log_snr"],
     "cosine": ["--model.path", "cosine", "--model.prediction", "data", "--model.weighting", "edm", "--model.times", "Mode"],
-    "charbonnier": ["--model.loss", "charbonnier", "--model.weighting", "flow_matching", "--data.coupling", "ot_within_class"],
-    "mean flow": ["--model.net.spans", "true", "--model.mean_flow.stride", 0, "--model.sampler.solver", "average"],
-    "dropout": ["--model.net.dropout", 0.2, "--model.label_dropout", 0.5, "--model.times", "Uniform", "--data.coupling", "ot"],
-    "guided": ["--model.sampler.guidance", 2, "--model.sampler.guidance_interval", "[0.2,0.8]", "--data.num_workers", 2],
+    "charbonnier": ["--model.loss", "charbonnier", "--model.weighting", "sd3", "--data.coupling", "ot_within_class"],
+    "mean flow": [
+        "--model.loss",
+        "huber",
+        "--model.net.spans",
+        "true",
+        "--model.mean_flow.stride",
+        0,
+        "--model.sampler.solver",
+        "average",
+    ],
+    "guided": ["--model.sampler.guidance", 2, "--model.sampler.guidance_interval", "[0.2,0.8]", "--model.net.dropout", 0.2],
 }
 
 

@@ -80,10 +80,10 @@ def test_the_columns_of_the_grid_are_the_digits_and_its_rows_samples(tmp_path, d
     monkeypatch.setattr(Trainer, "log_dir", tmp_path)
     fit(tmp_path, digits, DrawSamples(rows=3), rate=0.0)
     with Image.open(tmp_path / "samples/grid-000004.png") as grid:
-        cells = torch.tensor(list(grid.getdata())).view(3, 120, 10, 120)[:, 60, :, 60]
+        cells = torch.tensor(list(grid.tobytes())).view(3, 120, 10, 120)[:, 60, :, 60]
     assert cells.tolist() == [LEVELS] * 3
     with Image.open(tmp_path / "samples/trajectory-000004.png") as strip:
-        ends = torch.tensor(list(strip.getdata())).view(10, 120, 4, 120)[:, 60, -1, 60]
+        ends = torch.tensor(list(strip.tobytes())).view(10, 120, 4, 120)[:, 60, -1, 60]
     assert ends.tolist() == LEVELS, "a row for each digit, which ends in it"
 
 
