@@ -13,7 +13,6 @@ from torch import nn
 from flowmatch_mnist.data.digits import MNISTDataModule
 from flowmatch_mnist.evaluation.metrics import Measurement
 from flowmatch_mnist.flow.paths import match_dims
-from flowmatch_mnist.images import mnist
 from flowmatch_mnist.networks.base import Network
 from flowmatch_mnist.sampling.generate import Flow, Sampler, draw_noise, generate
 from flowmatch_mnist.support import streams
@@ -48,12 +47,7 @@ class Shades(Network):
 
 
 @pytest.fixture
-def digits(monkeypatch):
-    """In place of MNIST: 600 images of the grey levels."""
-    labels = torch.arange(600) % 10
-    images = (20 * labels).byte()[:, None, None].expand(600, 28, 28)
-    monkeypatch.setattr(mnist, "prepare", lambda folder: None)
-    monkeypatch.setattr(mnist, "load", lambda folder, split: (images, labels))
+def digits(grey_digits):
     return MNISTDataModule(batch_size=20, val_size=100)
 
 

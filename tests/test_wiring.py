@@ -21,16 +21,7 @@ from flowmatch_mnist.support.files import load_weights
 
 
 @pytest.fixture
-def digits(monkeypatch):
-    """In place of MNIST: 600 images of one grey level each, as bright as their label says."""
-    labels = torch.arange(600) % 10
-    images = (20 * labels).byte()[:, None, None].expand(600, 28, 28)
-    monkeypatch.setattr(mnist, "prepare", lambda folder: None)
-    monkeypatch.setattr(mnist, "load", lambda folder, split: (images, labels))
-
-
-@pytest.fixture
-def modules(tmp_path, monkeypatch, digits):
+def modules(tmp_path, monkeypatch, grey_digits):
     """Each kind of data module, made with the settings that a test gives."""
     monkeypatch.setattr(reflow, "SHARD", 100)
     draw_pairs(tmp_path / "pairs", Flow(Known()), Sampler(2), 100)
@@ -132,7 +123,7 @@ def test_a_guided_span_is_that_of_both_predictions():
     torch.testing.assert_close(guide(net, x, t, y, 0.0, until), net(x, t, nothing, until))
 
 
-def test_the_evaluator_is_trained_as_its_options_say(tmp_path, digits, monkeypatch):
+def test_the_evaluator_is_trained_as_its_options_say(tmp_path, grey_digits, monkeypatch):
     monkeypatch.setattr(digitnet, "track", lambda parts, title: sizes.append(list(map(len, parts))) or parts)
     folders, sizes = [], []
     monkeypatch.setattr(mnist, "prepare", folders.append)
