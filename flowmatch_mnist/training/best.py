@@ -109,12 +109,13 @@ class KeepBest(ModelCheckpoint):
 
     def _copy(self, trainer: Trainer) -> None:
         """Have the best as `best.ckpt` in the run's folder, whatever its name is."""
-        path = Path(self.best_model_path)
-        if self.folder is None or not trainer.is_global_zero or not self.best_model_path:
+        if self.folder is None or not trainer.is_global_zero:
+            return
+        path, best = Path(self.best_model_path), self.folder / "checkpoints" / "best.ckpt"
+        if path == best or not path.is_file():  # nothing is kept yet, or somebody has removed it
             return
         newest = (str(path), path.stat().st_mtime_ns)
-        best = self.folder / "checkpoints" / "best.ckpt"
-        if newest != self._copied and path != best:
+        if newest != self._copied:
             with replacing(best) as temporary:
                 shutil.copyfile(path, temporary)
-        self._copied = newest
+            self._copied = newest
