@@ -36,7 +36,7 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from equivalent import EQUIVALENT
-from mutations import FILES, PACKAGE, Mutant, ignored_settings, mutants
+from mutations import FILES, PACKAGE, Mutant, ignored_settings, mutants, path_of
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -67,7 +67,7 @@ class Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.util.spec_from_loader(name, self) if name == f"flowmatch_mnist.{self.mutant.file}" else None
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__file__ = str(PACKAGE / f"{self.mutant.file.replace('.', '/')}.py")
+        module.__file__ = str(path_of(self.mutant.file))
         exec(compile(self.mutant.source, module.__file__, "exec"), module.__dict__)
 
 
@@ -76,7 +76,7 @@ def run_path(mutant: Mutant) -> None:
     really = runpy.run_path
 
     def run(path: str, *arguments: Any, **settings: Any) -> dict[str, Any]:
-        if Path(path) != PACKAGE / f"{mutant.file.replace('.', '/')}.py":
+        if Path(path) != path_of(mutant.file):
             return really(path, *arguments, **settings)
         module = {"__name__": "__main__", "__file__": path, "__doc__": ast.get_docstring(ast.parse(mutant.source))}
         exec(compile(mutant.source, path, "exec"), module)
@@ -212,11 +212,10 @@ def main() -> None:
     for name in known["modules"]:  # once, here, and not in every fork
         with suppress(Exception):
             importlib.import_module(name)
-    found = [mutant for file in options.files or FILES for mutant in mutants(file)]
-    table: dict[str, str] = json.loads(SETTINGS.read_text()) if SETTINGS.exists() else {}
-    if options.settings:
-        table = {key: test for key, test in table.items() if test and exists(test)}
-        found = [mutant for mutant in ignored_settings() if mutant.key not in table]
+    kind = ignored_settings if options.settings else mutants
+    table: dict[str, str] = json.loads(SETTINGS.read_text()) if options.settings and SETTINGS.exists() else {}
+    table = {key: test for key, test in table.items() if exists(test)}
+    found = [mutant for file in options.files or FILES for mutant in kind(file) if mutant.key not in table]
     every = [mutant for mutant in found if mutant.key not in EQUIVALENT][:: options.share]
     court = Court(known)
     gc.freeze()

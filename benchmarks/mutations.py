@@ -193,9 +193,14 @@ def places(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
                 yield from places(child)
 
 
+def path_of(file: str) -> Path:
+    """Where a file of the package is, such as `flow.paths`."""
+    return PACKAGE / f"{file.replace('.', '/')}.py"
+
+
 def mutants(file: str, kinds: tuple[type[ast.AST], ...] | None = None) -> Iterator[Mutant]:
     """Every mutant of a file of the package, such as `flow.paths`; or those of some kinds of nodes."""
-    tree = ast.parse((PACKAGE / f"{file.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    tree = ast.parse(path_of(file).read_text(encoding="utf-8"))
     for parent, field, i, node in places(tree):
         for what, changed in changes(node) if kinds is None or isinstance(node, kinds) else ():
             replace(parent, field, i, changed)
@@ -208,10 +213,9 @@ def mutants(file: str, kinds: tuple[type[ast.AST], ...] | None = None) -> Iterat
             yield Mutant(file, near.lineno, near.end_lineno or near.lineno, f"{what} in `{where}`", source)
 
 
-def ignored_settings() -> Iterator[Mutant]:
+def ignored_settings(file: str) -> Iterator[Mutant]:
     """Every mutant in which an argument that has a default, a field of a dataclass, or an option is ignored."""
-    for file in FILES:
-        yield from (mutant for mutant in mutants(file, (ast.FunctionDef, ast.ClassDef)) if " ignored in " in mutant.what)
+    return (mutant for mutant in mutants(file, (ast.FunctionDef, ast.ClassDef)) if " ignored in " in mutant.what)
 
 
 def replace(parent: ast.AST, field: str, i: int | None, node: ast.AST) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mutations import FILES, PACKAGE, path_of
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = ROOT / "flowmatch_mnist"
+ROOT = PACKAGE.parent
 WATCHED = ROOT / ".pytest_cache" / "watched.json"
 """Where what was recorded is kept."""
 
@@ -129,9 +129,7 @@ def main() -> None:
     if status:
         raise SystemExit("the tests fail on the code as it is; mend that first")
     data = watched.get_data()
-    lines = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        lines[".".join(path.relative_to(PACKAGE).with_suffix("").parts)] = data.contexts_by_lineno(str(path))
+    lines = {file: data.contexts_by_lineno(str(path_of(file))) for file in FILES}
     ours = ("flowmatch_mnist", "test_", "conftest", "__main__", *(path.stem for path in Path(__file__).parent.glob("*.py")))
     modules = sorted(name for name in sys.modules if not name.startswith(ours))
     Path(sys.argv[1]).write_text(
