@@ -147,8 +147,9 @@ def test_the_exact_divergence_sees_a_whole_jacobian_and_the_probes_estimate_it()
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-@pytest.mark.parametrize("net", [MLP(classes=3), UNet((4, 8), (1, 1), (False, True), 3, 16, image_size=4)], ids=["mlp", "unet"])
-def test_a_network_against_the_jacobian_of_its_whole_flow(net, guidance):
+@pytest.mark.parametrize("make", [lambda: MLP(classes=3), lambda: UNet((4, 8), (1, 1), (False, True), 3, 16, image_size=4)])
+def test_a_network_against_the_jacobian_of_its_whole_flow(make, guidance):
+    net = make()
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     flow, sampler, y = Flow(net.double()), Sampler(6, "rk4", guidance), torch.tensor([2])

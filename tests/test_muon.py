@@ -24,6 +24,12 @@ def test_orthogonalizing_pushes_singular_values_to_one_and_keeps_the_directions(
         assert (inside - inside.diagonal().diag()).abs().max() < 1e-4
 
 
+def test_without_a_round_a_matrix_is_only_scaled_to_a_norm_of_one():
+    wide, tall = torch.randn(3, 8), torch.randn(8, 3)
+    for matrix, found in zip((wide, tall), orthogonalize([wide, tall], iterations=0), strict=True):
+        torch.testing.assert_close(found, matrix / matrix.norm())
+
+
 def net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 3))
@@ -37,12 +43,23 @@ def train(net, optimizer, steps, seed=0):
         optimizer.step()
 
 
-def test_all_but_kernels_move_as_adamw_moves_them():
+def test_kernels_move_otherwise_than_all_else():
     one, other = net(), net()
     train(one, Muon(one.parameters(), lr=0.01), 1)
     train(other, torch.optim.AdamW(other.parameters(), lr=0.01, betas=(0.9, 0.99), weight_decay=0.01), 1)
     for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-7) == (a.dim() != 4), name
+
+
+def test_all_but_kernels_move_as_adamw_moves_them():
+    for settings, betas in (({}, (0.9, 0.99)), ({"betas": (0.5, 0.6)}, (0.5, 0.6))):
+        one, other = net(), net()
+        for kernel in (0, 1):  # the same convolutions in both, so that all that comes after them sees the same
+            one[kernel].requires_grad_(False), other[kernel].requires_grad_(False)
+        train(one, Muon(one.parameters(), lr=0.01, **settings), 3)
+        train(other, torch.optim.AdamW(other.parameters(), lr=0.01, betas=betas, weight_decay=0.01), 3)
+        for a, b in zip(one.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-6)
 
 
 def test_kernels_move_as_far_as_adamw_moves_its_own():

@@ -231,6 +231,16 @@ def test_every_logger_gets_what_it_can_take(data_dir, tmp_path):
     assert set(log.Tags()["images"]) == {"samples/grid", "samples/trajectory"}
 
 
+def test_scalars_stand_at_their_step_or_at_the_one_that_is_known(tmp_path):
+    for at, step in ((None, 3), (7, 7)):
+        board = Board(tmp_path / str(at), at=at)
+        board.log_metrics({"loss/val": 0.5, "epoch": 1.0}, step=3)
+        board.save()
+        log = EventAccumulator(str(tmp_path / str(at))).Reload()
+        assert [(event.step, event.value) for event in log.Scalars("loss/val")] == [(step, 0.5)]
+        assert "epoch" not in log.Tags()["scalars"], "it would stand before all others"
+
+
 def test_what_a_run_is_goes_to_every_logger(tmp_path):
     plain, board = CSVLogger(tmp_path, "plain"), Board(tmp_path / "board")
     trainer = Trainer(logger=[plain, board], accelerator="cpu")

@@ -65,6 +65,18 @@ def test_weights_trained_with_other_groups_are_refused_though_their_shapes_fit()
         warm_start(UNet(*shape, groups=1), PRETRAINED["mnist"])
 
 
+def test_classes_width_of_the_embedding_dropout_and_groups_are_as_asked():
+    net = UNet((4, 8, 8), (1, 1, 1), classes=3, embedding_dim=12, dropout=0.25)
+    assert net.no_label == 3 and net.label.weight.shape == (4, 12)
+    assert {layer.p for layer in net.modules() if isinstance(layer, nn.Dropout)} == {0.25}
+    assert ResidualBlock(8, embedding_dim=4, dropout=0.5).dropout.p == 0.5
+    assert [SelfAttention(8, groups).norm.num_groups for groups in (1, 4)] == [1, 4]
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    x, t, y = torch.randn(1, 1, 28, 28), torch.rand(1), torch.tensor([1])
+    assert not torch.equal(net(x, t, y), net(x, t, y)) and torch.equal(net.eval()(x, t, y), net(x, t, y))
+
+
 def test_attention_mixes_the_places_as_pytorch_does():
     layer = SelfAttention(8, head_dim=4)
     torch.nn.init.normal_(layer.out.weight)

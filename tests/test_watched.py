@@ -1,5 +1,6 @@
 """What is shown, measured and validated is what was trained: by networks that draw their label as a grey level."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,16 @@ def test_quality_is_measured_by_each_number_of_steps(tmp_path, digits, monkeypat
     monkeypatch.setattr(digits.problem, "scorer", lambda *_: lambda samples: [Measurement("figure", 0.5, 0.25)])
     points = Evaluate(samples=20, steps=(3, 1, 3)).by_steps(*fit(tmp_path, digits), "val")
     assert points == [{"steps": n, "evaluations": n, "samples": 20, "figures": {"figure": 0.5}} for n in (1, 3)]
+
+
+def test_validation_measures_as_many_samples_as_it_is_asked_for(tmp_path, digits, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(digits.problem, "headlines", ())
+    monkeypatch.setattr(digits.problem, "scorer", lambda *_: lambda samples: [Measurement("figure", 0.5, 0.25)])
+    trainer, module = fit(tmp_path, digits, Evaluate(samples=20, test_samples=30))
+    trainer.validate(module, digits, verbose=False)
+    assert "30 samples of 10 classes in turn" in capsys.readouterr().out
+    assert json.loads((tmp_path / "metrics.json").read_text())["samples"] == 30
 
 
 class Seeds(Callback):
