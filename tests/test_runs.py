@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,9 @@ class Unreadable(Callback):
 
 
 def fit(folder: Path, *options: object):
+    if "--ckpt_path" in options:
+        # TensorBoard reads files by their names: the second, the process, and a number as text, where 10 comes before 9.
+        time.sleep(1 - time.time() % 1)
     done = run_here("train.py", *TOY, *options, cwd=folder)
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
     return done.stdout

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import run_here, unix
 from lightning.pytorch import Callback
-from test_runs import TOY, last, losses
+from test_runs import TOY, fit, last, losses
 
 from flowmatch_mnist.training import requeue
 
@@ -36,13 +36,13 @@ def hear(number):
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint_and_nothing_is_lost(tmp_path, number):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir(), parts.mkdir()
-    run_here("train.py", *TOY, *NEVER, cwd=whole)
+    fit(whole, *NEVER)
     done = run_here("train.py", *TOY, *NEVER, *hear(number), cwd=parts)
     assert done.returncode == 128 + number
     words = f"stopped by {number.name} after step 7; wrote runs/toy/version_0/checkpoints/last.ckpt; resume it with"
     assert words in done.stdout and done.stderr == ""
     assert last(parts)["global_step"] == 7, "written for the signal: nothing else was due"
-    assert run_here("train.py", *TOY, *NEVER, "--ckpt_path", "last", cwd=parts).returncode == 0
+    fit(parts, *NEVER, "--ckpt_path", "last")
     assert losses(parts) == losses(whole)
     alone, resumed = (last(folder)["state_dict"] for folder in (whole, parts))
     assert all(torch.equal(value, resumed[name]) for name, value in alone.items())
