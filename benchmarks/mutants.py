@@ -2,6 +2,7 @@
 
     python benchmarks/mutants.py                       all of them
     python benchmarks/mutants.py flow.paths reflow     those of some files
+    python benchmarks/mutants.py --again LOG           those that survived, by what an earlier run printed
     python benchmarks/mutants.py --settings            settings without a test in tests/settings.json, which it writes
 
 A mistake is a sign flipped, a factor dropped, a comparison or a condition changed, a number off by one, an argument not handed
@@ -51,9 +52,10 @@ OPTIONS = [
     "addopts=",
     *(f"-pno:{name}" for name in ("cacheprovider", "unraisableexception", "threadexception")),
 ]
+SURVIVED = "survived: "
 COPY = "FLOWMATCH_MNIST_COPY"
 """A variable that tells the script that it runs in a copy of the project."""
-HEARINGS = (3.0, 20.0)
+HEARINGS = (3.0, 8.0)
 """Seconds of tests that a mutant meets at first, and, if it survives those, after that."""
 
 
@@ -203,9 +205,12 @@ def main() -> None:
     parser.add_argument("files", nargs="*", metavar="FILE", help=f"of the package: {', '.join(FILES)}")
     parser.add_argument("--settings", action="store_true", help="only settings that tests/settings.json has no test for")
     parser.add_argument("--share", type=int, default=1, metavar="N", help="only every N-th (default: 1)")
+    parser.add_argument("--again", type=Path, metavar="LOG", help="only those that survived, by what an earlier run printed")
     options = parser.parse_args()
     if COPY not in os.environ:
         raise SystemExit(in_a_copy())
+    log = options.again.read_text() if options.again else ""
+    survivors = {line.removeprefix(SURVIVED).rpartition(", line ")[0] for line in log.splitlines() if line.startswith(SURVIVED)}
     os.chdir(ROOT)
     known = record()
     sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -217,6 +222,7 @@ def main() -> None:
     table = {key: test for key, test in table.items() if exists(test)}
     found = [mutant for file in options.files or FILES for mutant in kind(file) if mutant.key not in table]
     every = [mutant for mutant in found if mutant.key not in EQUIVALENT][:: options.share]
+    every = [mutant for mutant in every if not options.again or mutant.key in survivors]
     court = Court(known)
     gc.freeze()
     counts, alive = Counter(mutant.file for mutant in every), Counter[str]()
@@ -225,7 +231,7 @@ def main() -> None:
         for mutant, test in track(pool.imap_unordered(court.try_one, every), "mutants", len(every)):
             if test is None:
                 alive[mutant.file] += 1
-                print(f"survived: {mutant.file}, line {mutant.line}: {mutant.what}", flush=True)
+                print(f"{SURVIVED}{mutant.key}, line {mutant.line}", flush=True)
             elif options.settings and "::" in test:
                 table[mutant.key] = test.partition("[")[0]
                 SETTINGS.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")

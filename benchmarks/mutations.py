@@ -2,6 +2,7 @@
 
 import ast
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -201,7 +202,10 @@ def path_of(file: str) -> Path:
 def mutants(file: str, kinds: tuple[type[ast.AST], ...] | None = None) -> Iterator[Mutant]:
     """Every mutant of a file of the package, such as `flow.paths`; or those of some kinds of nodes."""
     tree = ast.parse(path_of(file).read_text(encoding="utf-8"))
+    statement, seen = "", Counter[str]()
     for parent, field, i, node in places(tree):
+        if isinstance(node, ast.stmt):
+            statement = ast.unparse(node).splitlines()[0]
         for what, changed in changes(node) if kinds is None or isinstance(node, kinds) else ():
             replace(parent, field, i, changed)
             source = ast.unparse(ast.fix_missing_locations(tree))
@@ -209,8 +213,12 @@ def mutants(file: str, kinds: tuple[type[ast.AST], ...] | None = None) -> Iterat
             where = ast.unparse(node).splitlines()[0]
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 where = f"{parent.name}.{node.name}" if isinstance(parent, ast.ClassDef) else node.name
+            elif len(where) < 25 and where != statement:
+                where = f"{where}` of `{statement}"
+            what = f"{what} in `{where}`"
+            seen[what] += 1
             near = cast(ast.stmt, node if hasattr(node, "lineno") else parent)
-            yield Mutant(file, near.lineno, near.end_lineno or near.lineno, f"{what} in `{where}`", source)
+            yield Mutant(file, near.lineno, near.end_lineno or near.lineno, what + f" ({seen[what]})" * (seen[what] > 1), source)
 
 
 def ignored_settings(file: str) -> Iterator[Mutant]:

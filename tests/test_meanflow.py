@@ -81,19 +81,43 @@ def test_spans_lie_between_t_and_the_end_in_the_shares_asked_for():
     between = (until > t) & (until < 1)
     assert abs(((until - t) / (1 - t))[between].mean() - 0.5) < 0.01
     assert (MeanFlow(instants=0, to_end=1).ends(t, u) == 1).all()
+    half = MeanFlow(instants=0, to_end=0).ends(torch.tensor([0.2]), torch.tensor([[0.0, 0.5]]))
+    torch.testing.assert_close(half, torch.tensor([0.6]))  # a share of 0 holds nobody
 
 
 def test_the_teacher_is_guided_in_its_interval_alone(tiny_net):
     mean_flow = MeanFlow(teacher="some", guidance=3, guidance_interval=(0.25, 0.5))
     mean_flow.net = tiny_net
     nothing = UNet((4,), (1,), (False,), spans=True)  # starts as the zero field
-    x, t, y = torch.randn(4, 1, 28, 28), torch.tensor([0.1, 0.25, 0.4, 0.9]), torch.tensor([1, 2, 3, 4])
+    x, t, y = torch.randn(4, 1, 28, 28), torch.tensor([0.1, 0.25, 0.5, 0.9]), torch.tensor([1, 2, 3, 4])
 
     with torch.no_grad():
         velocities = -mean_flow.error(nothing, x, x, t, y, t)
         for n, scale in enumerate([1.0, 3.0, 3.0, 1.0]):
             expected = Guided(tiny_net, y[n : n + 1], scale)(x[n : n + 1], t[n])
             torch.testing.assert_close(velocities[n : n + 1], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_teacher_without_guidance_is_asked_once(tiny_net):
+    mean_flow = MeanFlow(teacher="some")
+    mean_flow.net, asked = tiny_net, []
+    tiny_net.register_forward_hook(lambda net, inputs, output: asked.append(len(output)))
+    nothing = UNet((4,), (1,), (False,), spans=True)
+    x, t, y = torch.randn(4, 1, 28, 28), torch.rand(4), torch.tensor([1, 2, 3, 4])
+    velocities = -mean_flow.error(nothing, x, x, t, y, t)
+    assert asked == [4] and torch.equal(velocities, tiny_net(x, t, y))
+
+
+@pytest.mark.parametrize("stride", [0, 0.3])
+def test_what_the_network_should_be_is_taken_as_it_is(stride):
+    net = UNet((4,), (1,), (False,), image_size=4, spans=True)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    x, u, t, y, until = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4), torch.rand(3) / 2, torch.arange(3), torch.ones(3)
+    weight = net.span.mlp[-1].weight
+    (found,) = torch.autograd.grad(MeanFlow(stride=stride).error(net, x, u, t, y, until).sum(), weight)
+    (expected,) = torch.autograd.grad(net(x, t, y, until).sum(), weight)
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_network_that_spans_begins_as_the_one_without(tiny_net):
@@ -106,7 +130,15 @@ def test_a_network_that_spans_begins_as_the_one_without(tiny_net):
         tiny_net(x, t, y, torch.ones(3))
 
 
-@pytest.mark.parametrize("wrong", [{"instants": 1.1}, {"to_end": -0.1}, {"guidance": 1.5}, {"guidance_interval": (0.6, 0.1)}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"instants": 1.1},
+        {"to_end": -0.1},
+        {"guidance": 1.5},
+        *({"guidance_interval": ends} for ends in ((0.6, 0.1), (0.5, 0.5), (-0.1, 0.5), (0.5, 1.1))),
+    ],
+)
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=r"shares|teacher|interval"):
         MeanFlow(**wrong)

@@ -1,5 +1,7 @@
 """The evaluator: each measure against a closed form or a case whose answer is known, and the whole on real digits."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -195,6 +197,49 @@ def test_distorted_digits_are_still_white_on_black_and_each_is_distorted_by_itse
     assert len({tuple(one.flatten().tolist()) for one in distorted}) == 50
     light = (distorted + 1).sum((1, 2, 3)) / (image / 127.5).sum()
     assert ((light > 0.7) & (light < 1.4)).all()
+
+
+def test_a_distortion_turns_scales_shears_and_shifts_about_the_middle():
+    images = torch.randint(256, (6, 28, 28), dtype=torch.uint8)
+    dice = torch.Generator().manual_seed(3)
+    angle, scale, shear, right, down = (
+        width * (2 * torch.rand(6, generator=dice) - 1) for width in (0.2094395, 0.12, 0.2, 0.12, 0.12)
+    )
+    cos, sin, one, none = angle.cos(), angle.sin(), torch.ones(6), torch.zeros(6)
+    turned = torch.stack([cos, -sin, sin, cos], 1).view(6, 2, 2) * scale.exp()[:, None, None]
+    sheared = turned @ torch.stack([one, shear, none, one], 1).view(6, 2, 2)
+    # The places to look up run over the middles of the pixels, from -1 to 1 over the width of the image.
+    middles = (2 * torch.arange(28) + 1) / 28 - 1
+    places = torch.stack(torch.meshgrid(middles, middles, indexing="xy"), 2)
+    looked_up = places @ sheared.mT[:, None] + torch.stack([right, down], 1)[:, None, None]
+    expected = torch.nn.functional.grid_sample(images[:, None] / 127.5, looked_up, align_corners=False) - 1
+    found = train_digitnet.distort(images, torch.Generator().manual_seed(3))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_digitnet_is_trained_on_each_image_once_an_epoch_in_an_order_of_its_seed(monkeypatch):
+    seen, optimizers, rates = [], [], []
+    adamw, cycle, distort = torch.optim.AdamW, torch.optim.lr_scheduler.OneCycleLR, train_digitnet.distort
+    monkeypatch.setattr(train_digitnet, "distort", lambda x, dice: seen.append(x[:, 0, 0].clone()) or distort(x, dice))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **s: optimizers.append(adamw(*a, **s)) or optimizers[-1])
+    monkeypatch.setattr(torch.optim.lr_scheduler, "OneCycleLR", lambda *a: rates.append(a[1:]) or cycle(*a))
+    images = torch.arange(200, dtype=torch.uint8)[:, None, None].expand(200, 28, 28)
+    labels = torch.arange(200) % 10
+    assert not train_digitnet.train(images, labels, epochs=2, seed=3).training
+    dice = torch.Generator().manual_seed(3)
+    order = torch.cat([torch.randperm(200, generator=dice) for _ in range(2)])
+    assert torch.cat(seen).tolist() == order.tolist() and [len(some) for some in seen] == [100] * 4
+    assert optimizers[0].defaults["weight_decay"] == 0.01 and rates == [(0.01, 4)]
+
+
+def test_without_options_digitnet_is_trained_for_the_package(monkeypatch, capsys, grey_digits):
+    asked, written, prepared = [], [], []
+    monkeypatch.setattr(mnist, "prepare", prepared.append)
+    monkeypatch.setattr(train_digitnet, "train", lambda *a: asked.append(a[2:]) or digitnet.digitnet())
+    monkeypatch.setattr(train_digitnet, "save_weights", lambda path, *rest: written.append(path))
+    monkeypatch.setattr("sys.argv", ["digitnet"])
+    train_digitnet.main()
+    assert asked == [(12, 0)] and written == [digitnet.WEIGHTS] and prepared == [Path("data")]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no safetensors", "cut"])

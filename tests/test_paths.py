@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from flowmatch_mnist.flow.paths import PATHS
+from flowmatch_mnist.flow.paths import PATHS, match_dims
 
 EVERY_PATH = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 T = torch.linspace(0, 1, 21, dtype=torch.float64)
@@ -66,3 +66,9 @@ def test_the_paths_are_those_of_the_papers():
     for k in (1, 10, 100, 500, 1000):
         t = torch.tensor((1 - k / 1000) / (1 - 1e-3), dtype=torch.float64)
         assert math.isclose(vp.log_snr(t), torch.logit(products[k - 1]), abs_tol=0.1)
+
+
+def test_a_single_time_leaves_the_precision_of_what_it_meets_alone():
+    x = torch.ones(2, 1, 3, 3)
+    assert (match_dims(torch.tensor(0.5, dtype=torch.float64), x) * x).dtype == torch.float32
+    assert match_dims(torch.rand(2), x).shape == (2, 1, 1, 1)

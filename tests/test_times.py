@@ -32,6 +32,19 @@ def test_the_density_is_one_over_the_slope_of_the_quantile(density):
     torch.testing.assert_close(density.density(t), TimeDensity.density(density, t), atol=1e-6, rtol=1e-6)
 
 
+def test_a_density_is_exact_in_16_digits_where_32_bits_end_and_needs_no_gradients():
+    t = torch.tensor([0.001, 0.5, 0.999])
+    with torch.no_grad():
+        density = TimeDensity.density(LogitNormal(), t)
+    assert density.dtype == torch.float32
+    torch.testing.assert_close(density, LogitNormal().density(t), atol=0, rtol=1e-4)
+
+
+def test_times_keep_off_the_ends():
+    for location, end in ((-99.0, 1e-6), (99.0, 1 - 1e-6)):
+        torch.testing.assert_close(LogitNormal(location).sample(3, generator("cpu")), torch.full((3,), end), atol=0, rtol=0)
+
+
 def test_logit_normal_is_normal_in_the_logit():
     u = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
     t = LogitNormal(0.5, 0.7).quantile(u)
@@ -57,6 +70,9 @@ def test_fixed_times_cover_the_interval_and_do_not_depend_on_who_takes_them():
         shared[rank::2] = fixed_times(3, torch.arange(250) * 2 + rank)
     assert torch.equal(t, shared)
     assert not torch.equal(t, fixed_times(4, torch.arange(500)))
+    golden, root_two = (5**0.5 - 1) / 2, 2**0.5
+    expected = (torch.arange(500, dtype=torch.float64) * golden + 3 * root_two) % 1
+    torch.testing.assert_close(t, expected.float())
 
 
 @pytest.mark.parametrize("build", [lambda: LogitNormal(scale=0), lambda: Mode(2.0), lambda: Mode(-1.1)])

@@ -1,8 +1,10 @@
 """The lessons before the digits, DDPM, and the toy's own data and figures."""
 
 import json
+import math
 import re
 
+import matplotlib.figure
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from conftest import ROOT, assert_one_line_error, run_here
 from PIL import Image
 
 from flowmatch_mnist import draw, load
-from flowmatch_mnist.data.curve import LENGTH, CurveDataModule, curve
+from flowmatch_mnist.data.curve import LENGTH, Curve, CurveDataModule, curve
 from flowmatch_mnist.networks.mlp import MLP
 from flowmatch_mnist.sampling.generate import Flow, Sampler, Samples, draw_noise
 from flowmatch_mnist.sampling.units import UNITS, Plane
@@ -98,6 +100,62 @@ def test_points_lie_on_their_segment_of_the_curve():
     assert measure(data, top, torch.tensor([1])) == pytest.approx(
         {"distance to the curve": 0.3, "on its segment": 1.0}, abs=1e-3
     )
+
+
+def test_the_curve_ends_at_4_pi_and_is_cut_into_equal_parts():
+    assert pytest.approx(4 * math.pi) == LENGTH
+    ends = torch.tensor([0.0, LENGTH / 2 - 0.01, LENGTH / 2 + 0.01, LENGTH])
+    for classes, parts in ((1, [0, 0, 0, 0]), (2, [0, 0, 1, 1]), (10, [0, 4, 5, 9])):
+        assert Curve(classes).segment(ends).tolist() == parts
+    data = CurveDataModule(samples=1000)
+    data.setup("fit")
+    points = [data.splits[split][0] for split in ("train", "val", "test")]
+    assert [len(some) for some in points] == [1000, 100, 100]
+    for some in points:
+        assert 0 <= some[:, 0].min() < 0.5 and LENGTH - 0.5 < some[:, 0].max() <= LENGTH
+    assert [len(data.splits[split]) for split in ("train", "val", "test")] == [2, 3, 3]
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_each_point_is_scored_by_the_curve_and_where_there_are_several_by_its_segment(classes):
+    problem = Curve(classes)
+    far = curve(torch.tensor([0.5, LENGTH]))
+    measured = {m.name: m for m in problem.measure(Samples(far, torch.tensor([0, 0]), 0))}
+    assert measured["distance to the curve"].value < 5e-3 and measured["distance to the curve"].baseline == 0
+    assert set(measured) == {"distance to the curve", *["on its segment"][: classes - 1]}
+    if classes > 1:
+        assert (measured["on its segment"].value, measured["on its segment"].baseline) == (0.5, 1)
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_the_picture_shows_noise_target_samples_and_the_ways_of_some(classes, monkeypatch):
+    drawn, make = [], matplotlib.figure.Figure.subplots
+    monkeypatch.setattr(matplotlib.figure.Figure, "subplots", lambda *a, **s: drawn.append(make(*a, **s)) or drawn[-1])
+    states = torch.randn(4, 400, 2)
+    labels = torch.arange(400) % classes
+    Curve(classes).pictures(Samples(states[-1], labels, 3, states))
+    left, right = drawn.pop()
+    assert left.get_title() == "from noise to the curve" and right.get_title() == "the ways there"
+    assert {text.get_text() for text in left.get_legend().get_texts()} == {"target", "noise", "samples"}
+    noise, samples = left.collections
+    (ends,) = right.collections
+    np.testing.assert_allclose(noise.get_offsets(), states[0])
+    for some in (samples, ends):
+        np.testing.assert_allclose(some.get_offsets(), states[-1])
+        assert (
+            len(np.unique(some.get_facecolors(), axis=0)) == 1 if classes == 1 else some.get_array().tolist() == labels.tolist()
+        )
+    for axes, ways in ((left, []), (right, torch.linspace(0, 399, 150).long())):
+        target, *lines = axes.lines
+        np.testing.assert_allclose(np.array(target.get_data()).T[[0, -1]], curve(torch.tensor([0, LENGTH])), atol=1e-6)
+        assert len(lines) == len(ways) and axes.get_aspect() == 1
+        for line, point in zip(lines, ways, strict=True):
+            np.testing.assert_allclose(np.array(line.get_data()).T, states[:, point])
+    Curve(classes).pictures(Samples(states[-1, :7], labels[:7], 3, states[:, :7]))
+    assert len(drawn.pop()[1].lines) == 8, "of few points, each one's way"
+    Curve(classes).pictures(Samples(states[-1], labels, 3))
+    left, right = drawn.pop()
+    assert len(left.collections) == 1 and len(right.lines) == 1, "without states, no noise and no ways"
 
 
 def test_the_network_sees_standard_noise_and_the_picture_the_plane():
