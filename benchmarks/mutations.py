@@ -26,6 +26,8 @@ ALIKE = [
 SWAPPED = {one: other for pair in ALIKE for one, other in (pair, pair[::-1])}
 SPLITS = {"train": "test", "val": "train", "test": "train"}
 """Names of splits, as texts."""
+SYMMETRIC = {"min", "max", "gcd"}
+"""Functions whose arguments have no order."""
 STREAMS = {"seed", "generator", "share", "uniform", "normal"}
 """Functions that make random numbers from all of their arguments."""
 COMPARED = {
@@ -40,7 +42,7 @@ COMPARED = {
     ast.In: ast.NotIn,
     ast.NotIn: ast.In,
 }
-UNSEEN = {"help", "metavar", "strict", "flush", "encoding"}
+UNSEEN = {"help", "metavar", "strict", "flush", "encoding", "color", "linewidth", "s"}
 """Keywords that are for the eye, or for a check of what is so anyway."""
 PARSED = "options = parser.parse_args()"
 """Where a command line is read."""
@@ -103,7 +105,7 @@ def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
         case ast.Constant(int(value)):
             yield "off by one", ast.Constant(value + 1)
         case ast.Constant(float(value)):
-            yield "doubled", ast.Constant(2 * value)
+            yield "doubled" if value else "one more", ast.Constant(2 * value or 1.0)
         case ast.Constant(str(value)) if value in SPLITS:
             yield "another split", ast.Constant(SPLITS[value])
         case ast.Dict(keys, values) if len(values) > 1 and not any(isinstance(value, ast.Constant) for value in values):
@@ -114,7 +116,8 @@ def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
                     others = [other for other in keywords if other is not keyword]
                     yield f"{keyword.arg} not handed on", ast.Call(function, arguments, others)
             for i, (one, other) in enumerate(pairwise(arguments)):
-                if isinstance(one, ast.Name | ast.Attribute) and isinstance(other, ast.Name | ast.Attribute):
+                named = isinstance(one, ast.Name | ast.Attribute) and isinstance(other, ast.Name | ast.Attribute)
+                if named and ast.dump(one) != ast.dump(other) and name_of(function) not in SYMMETRIC:
                     swapped = [*arguments[:i], other, one, *arguments[i + 2 :]]
                     yield f"arguments {i + 1} and {i + 2} swapped", ast.Call(function, swapped, keywords)
             if name_of(function) in STREAMS:
@@ -189,7 +192,8 @@ def places(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
             continue
         for i, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
             unseen = isinstance(child, ast.keyword) and child.arg in UNSEEN
-            if isinstance(child, ast.AST) and not isinstance(child, LEFT_ALONE) and not unseen:
+            typed = isinstance(child, ast.Subscript) and name_of(child.value) == "Literal"
+            if isinstance(child, ast.AST) and not isinstance(child, LEFT_ALONE) and not (unseen or typed):
                 yield node, field, i, child
                 yield from places(child)
 
@@ -218,7 +222,9 @@ def mutants(file: str, kinds: tuple[type[ast.AST], ...] | None = None) -> Iterat
             what = f"{what} in `{where}`"
             seen[what] += 1
             near = cast(ast.stmt, node if hasattr(node, "lineno") else parent)
-            yield Mutant(file, near.lineno, near.end_lineno or near.lineno, what + f" ({seen[what]})" * (seen[what] > 1), source)
+            yield Mutant(
+                file, near.lineno, near.end_lineno or near.lineno, what + f" ({seen[what]})" * (seen[what] > 1), source
+            )
 
 
 def ignored_settings(file: str) -> Iterator[Mutant]:

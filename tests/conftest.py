@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run on all cores alre
 import contextlib
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -16,6 +17,7 @@ import torch
 
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.networks.unet import UNet
+from flowmatch_mnist.support import streams
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Path(__file__).with_name("tiny.yaml")
@@ -45,6 +47,21 @@ def grey_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     images = (20 * labels).byte()[:, None, None].expand(600, 28, 28)
     monkeypatch.setattr(mnist, "prepare", lambda folder: None)
     monkeypatch.setattr(mnist, "load", lambda folder, split: (images, labels))
+
+
+@pytest.fixture
+def stream_keys(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[tuple[int | str, ...]]]:
+    """Gives the keys of all streams that random numbers were drawn from since the last time."""
+    seen: list[tuple[int | str, ...]] = []
+    hashed = streams.seed
+    monkeypatch.setattr(streams, "seed", lambda *key: seen.append(key) or hashed(*key))
+
+    def taken() -> list[tuple[int | str, ...]]:
+        found = seen.copy()
+        seen.clear()
+        return found
+
+    return taken
 
 
 @pytest.fixture

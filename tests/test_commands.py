@@ -1,5 +1,7 @@
 """Each option of `sample.py` and of `python -m flowmatch_mnist.reflow` reaches what acts on it."""
 
+import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from conftest import run_here
 from test_watched import Shades
 
+from flowmatch_mnist import sample
 from flowmatch_mnist.data import reflow
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.sampling import request, weights
@@ -29,8 +32,10 @@ def asked(monkeypatch):
 
     def generated(flow, labels, sampler, **settings):
         seen.update(labels=labels.tolist(), sampler=sampler, **settings)
+        settings["on_batch"](len(labels))
         images = (20 * labels).byte()[:, None, None].expand(-1, 28, 28)
-        return Samples(images, labels, 8, images.expand(3, -1, -1, -1))
+        steps = torch.arange(seen.get("states", 3), dtype=torch.uint8)
+        return Samples(images, labels, 8, steps[:, None, None, None].expand(-1, len(labels), 28, 28))
 
     def drawn(folder, flow, sampler, count, **settings):
         seen.update(folder=str(folder), sampler=sampler, count=count, **settings)
@@ -98,16 +103,49 @@ def test_what_is_drawn_how_much_by_which_model_and_where(tmp_path, asked):
     assert (asked["count"], asked["seed"], asked["batch_size"]) == (70, 5, 3)
 
 
-def test_noises_go_from_one_to_another_or_are_a_pictures_own(tmp_path, asked):
+def test_noises_go_from_one_to_another_or_are_a_pictures_own(tmp_path, asked, monkeypatch):
     command(tmp_path, "sample.py", 3, 8, "--interpolate", 4, "--per-class", 2, "--seed", 5)
     assert asked["labels"] == [3] * 4 + [8] * 4 + [3] * 4 + [8] * 4
     ends = draw_noise(8, (1, 28, 28), streams.generator("cpu", 5, "sampling"))
     torch.testing.assert_close(asked["noise"][0::4], ends[0::2])
     torch.testing.assert_close(asked["noise"][3::4], ends[1::2])
 
+    inverted, invert = [], request.invert
+    monkeypatch.setattr(request, "invert", lambda flow, x1, y: inverted.append((x1.shape, y.tolist())) or invert(flow, x1, y))
     one = ["--from-image", "test:2", "--data-dir", "there"]
     command(tmp_path, "sample.py", 3, 8, *one)
     own = asked["noise"]
+    assert inverted == [((1, 1, 28, 28), [2])]
     assert asked["data_dir"] == "there" and own.shape == (2, 1, 28, 28) and torch.equal(own[0], own[1])
     command(tmp_path, "sample.py", 3, *one, "--from-image", "test:5", "--interpolate", 3)
     assert torch.equal(asked["noise"][0], own[0]) and not torch.equal(asked["noise"][-1], own[0])
+
+
+def test_an_animation_has_61_frames_at_most(tmp_path, asked, monkeypatch):
+    shown = []
+    monkeypatch.setattr(request, "save_gif", lambda frames, path: shown.append(frames[:, 10, 10].tolist()))
+    for states, frames in ((3, [0, 1, 2]), (61, [*range(61)]), (121, [*range(0, 121, 2)])):
+        asked["states"] = states
+        command(tmp_path, "sample.py", 3, "--out", "way.gif")
+        assert shown.pop() == frames
+
+
+class Terminal(io.StringIO):
+    """A terminal's screen."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("screen", [Terminal, io.StringIO])
+def test_a_terminal_shows_how_far_it_is_and_a_file_does_not(screen, tmp_path, asked, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["sample.py", "7", "--out", str(tmp_path / "digits.png")])
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr", screen())
+    sample.main()
+    seen = sys.stderr.getvalue()
+    if screen is Terminal:
+        assert "drawing" in seen and "100%" in seen and seen.endswith("\x1b[2K"), "wiped away when it is done"
+    else:
+        assert seen == ""
+    assert capsys.readouterr().out.startswith("drew 1 digit")

@@ -1,7 +1,10 @@
 """Exported models: what they draw is what this package draws, and they need nothing of it."""
 
+import logging
 import subprocess
 import sys
+import types
+import warnings
 
 import numpy as np
 import onnxruntime
@@ -49,12 +52,44 @@ def test_onnx_draws_the_same_digits(tiny_net, tmp_path):
         assert np.abs(images.astype(int) - given["images"].numpy().astype(int)).max() <= 1
 
 
+def test_what_is_asked_of_pytorch(tiny_net, tmp_path, monkeypatch):
+    asked = {}
+
+    def exported(program, example, **settings):
+        warnings.warn("chatter", stacklevel=1)
+        assert not program.training and not torch.is_grad_enabled()
+        assert program.net.stem.weight.is_contiguous(), "another layout would be asked of whoever loads the file"
+        asked.update(shapes=[tensor.shape for tensor in example], **settings)
+        return "a program"
+
+    def written(program, **settings):
+        asked.update(program=program, **settings)
+        return types.SimpleNamespace(save=lambda path: path.write_text("written"))
+
+    monkeypatch.setattr(torch.export, "export", exported)
+    monkeypatch.setattr(torch.export, "save", lambda program, path: path.write_text(program))
+    monkeypatch.setattr(torch.onnx, "export", written)
+    for ending, content in (("pt2", "a program"), ("onnx", "written")):
+        tiny_net.train().to(memory_format=torch.channels_last)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            export(Flow(tiny_net), Sampler(1), tmp_path / f"digits.{ending}")
+        assert (tmp_path / f"digits.{ending}").read_text() == content
+        noise, labels = asked["dynamic_shapes"]["noise"], asked["dynamic_shapes"]["labels"]
+        assert noise == labels and noise[0].min == 1 and not asked["strict"], "any number of digits, from 1 on"
+        assert asked["shapes"] == [(2, 1, 28, 28), (2,)]
+    names = {"input_names": ["noise", "labels"], "output_names": ["images"], "verbose": False}
+    assert {key: asked[key] for key in ("program", *names)} == {"program": "a program", **names}
+
+
 def test_the_sampler_is_the_one_asked_for(tmp_path, monkeypatch):
     exported = []
     monkeypatch.setattr("flowmatch_mnist.sampling.export.export", lambda *arguments: exported.append(arguments))
+    logging.getLogger("torch.onnx").setLevel(logging.NOTSET)
     asked = ["--weights", "few-step", "--out", "digits.onnx", "--solver", "heun", "--steps", 3, "--guidance", 2]
     done = run_here("flowmatch_mnist/export.py", *asked, cwd=tmp_path)
     assert done.returncode == 0 and "wrote digits.onnx" in done.stdout and "heun, 3 steps, guidance 2" in done.stdout
+    assert logging.getLogger("torch.onnx").level == logging.ERROR
     run_here("flowmatch_mnist/export.py", "--weights", "mnist", cwd=tmp_path)
     (_, changed, path), (flow, own, default) = exported
     assert (changed.solver, changed.steps, changed.guidance, str(path)) == ("heun", 3, 2.0, "digits.onnx")

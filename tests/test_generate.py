@@ -1,13 +1,19 @@
 """Sampling: the states and times on the way, batches, and whose noise is renewed."""
 
+import io
+from unittest import mock
+
+import pytest
 import torch
+from PIL import Image
 from test_watched import Shades
 
 from flowmatch_mnist.flow.guidance import Guided, guide
 from flowmatch_mnist.flow.paths import PATHS
 from flowmatch_mnist.flow.predictions import StraightVelocity
 from flowmatch_mnist.networks.mlp import MLP
-from flowmatch_mnist.sampling.generate import Flow, Sampler, draw_noise, generate
+from flowmatch_mnist.sampling.generate import INVERTER, Flow, Sampler, Samples, draw_noise, generate, interpolate
+from flowmatch_mnist.sampling.likelihood import INTEGRATOR, log_likelihood
 
 EULER = Sampler(4, "euler")
 
@@ -50,3 +56,63 @@ def test_the_mean_over_a_span_is_asked_for_through_guidance_and_straight_coordin
     torch.testing.assert_close(guided(x, t, until), expected)
     torch.testing.assert_close(StraightVelocity(guided, PATHS["linear"], "velocity")(x, t, until), expected)
     assert not torch.allclose(guided(x, t), expected, atol=1e-4)
+
+
+def test_the_defaults_are_those_that_the_figures_are_of():
+    assert Sampler() == Sampler(8, "midpoint", 1.0, (0.0, 1.0), "uniform", 0.0)
+    assert Sampler(32, "rk4") == INVERTER and Sampler(24, "rk4", spacing="log_snr") == INTEGRATOR
+    for ends in ((-0.1, 0.5), (0.5, 1.1), (0.6, 0.5)):
+        with pytest.raises(ValueError, match="interval"):
+            Sampler(guidance_interval=ends)
+    assert Sampler(guidance_interval=(0.5, 0.5)).guidance_interval == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "words"),
+    [
+        (Sampler(1, "euler", 2.0), "euler, 1 step, guidance 2"),
+        (Sampler(2, "euler", 2.0, (0.1, 1.0)), "euler, 2 steps, guidance 2 from t = 0.1 to 1"),
+        (Sampler(2, "euler", 0.0, (0.1, 0.9)), "euler, 2 steps, guidance 0"),
+        (Sampler(2, "euler", 1.0, (0.1, 0.9), "log_snr", 0.5), "euler, 2 steps, guidance 1, spacing log_snr, churn 0.5"),
+    ],
+)
+def test_a_sampler_is_described_by_what_acts(sampler, words):
+    assert sampler.description() == words
+
+
+def test_streams_of_noise_churn_and_probes_are_apart(stream_keys):
+    flow = Flow(Shades(), prediction="noise")
+    generate(flow, torch.arange(2), Sampler(2, "euler"), seed=5)
+    assert stream_keys() == [(5, "sampling")]
+    generate(flow, torch.arange(2), Sampler(2, "euler", churn=1.0), seed=5, numbers=[3, 8])
+    assert stream_keys() == [(5, "sampling"), (5, "churn", 3), (5, "churn", 8)]
+    log_likelihood(Flow(MLP()), torch.randn(2, 2), torch.zeros(2, dtype=torch.int64), Sampler(1), seed=5, numbers=[3, 8])
+    assert stream_keys() == [(5, "probe", 3), (5, "probe", 8)]
+
+
+def test_states_are_kept_only_where_they_are_asked_for():
+    for keep, states in ((False, 1), (True, 4)):
+        decode = mock.Mock(side_effect=torch.clone)
+        drawn = generate(Flow(Shades()), torch.arange(2), Sampler(3, "euler"), keep_states=keep, decode=decode)
+        assert decode.call_count == states and (drawn.states is not None) == keep and drawn.evaluations == 3
+
+
+def test_a_notebook_shows_digits_in_ten_columns_or_fewer_and_no_points():
+    for count, size in ((3, (3, 1)), (10, (10, 1)), (12, (10, 2))):
+        shown = Samples(torch.zeros(count, 28, 28, dtype=torch.uint8), torch.arange(count), 1)._repr_png_()
+        with Image.open(io.BytesIO(shown)) as picture:
+            assert picture.size == (120 * size[0], 120 * size[1])
+    assert Samples(torch.zeros(3, 2), torch.arange(3), 1)._repr_png_() is None
+
+
+def test_mean_velocities_are_asked_of_who_knows_them_alone():
+    flow, sampler = Flow(Shades()), Sampler(1, "average")
+    with pytest.raises(ValueError, match=r"meanflow\.yaml"):
+        flow.states(flow.guided(torch.arange(2), sampler), torch.randn(2, 1, 28, 28), sampler)
+
+
+def test_between_noises_of_one_direction_the_way_is_straight():
+    for first in torch.randn(50, 1, 28, 28):
+        torch.testing.assert_close(interpolate(first, first, 3), first.expand(3, 1, 28, 28))
+        ways = torch.stack([first, 1.25 * first, 1.5 * first])
+        torch.testing.assert_close(interpolate(first, 1.5 * first, 3), ways)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from flowmatch_mnist.networks.mlp import MLP
 
@@ -26,6 +27,16 @@ def test_time_label_and_span_each_change_the_field():
     for other in others:
         assert not torch.allclose(net(*other), field, atol=1e-4)
     assert torch.equal(net(x, t, y), net(x, t, y, t)), "without an end, the span is an instant"
+
+
+def test_a_layer_adds_to_its_input_what_the_embedding_scales_and_shifts():
+    net = MLP(layers=1, width=4)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x, t, y = torch.randn(5, 2), torch.rand(5), torch.tensor([0, 1, 0, 1, 0])
+    h, modulation = net.first(x), net.modulation[0](F.silu(net.time(t) + net.label(y)))
+    h = h + net.hidden[0](F.silu(h + h * modulation[:, :4] + modulation[:, 4:]))
+    torch.testing.assert_close(net(x, t, y), net.last(F.silu(h)))
 
 
 @pytest.mark.parametrize("name", ["dim", "width", "layers", "classes"])

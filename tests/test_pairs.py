@@ -18,21 +18,6 @@ from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.errors import UserError
 
 
-@pytest.fixture
-def keys(monkeypatch):
-    """The keys of all streams that random numbers were drawn from."""
-    seen, hashed = [], streams.seed
-    monkeypatch.setattr(streams, "seed", lambda *key: seen.append(key) or hashed(*key))
-    return seen
-
-
-def taken(keys):
-    """The keys since the last time."""
-    found = keys.copy()
-    keys.clear()
-    return found
-
-
 def at_work(data, rank=1, ranks=2, epoch=3, step=9, overfit_batches=0):
     """A data module whose trainer is at a certain step."""
     progress = SimpleNamespace(total=SimpleNamespace(processed=step))
@@ -48,30 +33,30 @@ def at_work(data, rank=1, ranks=2, epoch=3, step=9, overfit_batches=0):
     return data
 
 
-def test_each_kind_of_draw_has_a_stream_of_its_own(keys, grey_digits):
+def test_each_kind_of_draw_has_a_stream_of_its_own(stream_keys, grey_digits):
     """Two draws that shared one would be correlated; under other names, last year's figures could not be had again."""
     curve = CurveDataModule(samples=100, batch_size=20, seed=5)
     curve.setup("fit")
-    assert taken(keys) == [
+    assert stream_keys() == [
         ("curve", "train"),
         *[(kind, split) for split in ("val", "test") for kind in ("curve", "fixed noise")],
     ]
     data = MNISTDataModule(batch_size=20, val_size=100, seed=5, dequantize=True, pixels="logit")
     data.setup("fit")
-    found = taken(keys)
+    found = stream_keys()
     assert {*found[:1], *found[-1:]} == {("validation split",), ("fixed noise", "val")}
     assert found[1:-1] == [(0, "dequantization", n) for n in range(100)]
     next(iter(curve.train_dataloader()))
-    assert taken(keys) == [(5, "order", 0)]
+    assert stream_keys() == [(5, "order", 0)]
     for module, drawn in ((curve, ["noise"]), (data, ["dequantization", "noise"])):
         batch = tuple(tensor[:20] for tensor in module.splits["train"])
         for step in (0, 1):
             module.on_after_batch_transfer(batch, 0)
-            assert taken(keys) == [(5, kind, step) for kind in drawn]
+            assert stream_keys() == [(5, kind, step) for kind in drawn]
         at_work(module).on_after_batch_transfer(batch, 0)
-        assert taken(keys) == [(5, kind, 9) for kind in drawn]
+        assert stream_keys() == [(5, kind, 9) for kind in drawn]
         module.predict_dataloader()
-        assert taken(keys) == [(5, "sampling")]
+        assert stream_keys() == [(5, "sampling")]
 
 
 def test_a_process_sees_its_share_of_the_batches_of_the_trainers_epoch(grey_digits):
@@ -143,7 +128,7 @@ def test_sizes_at_the_edge(monkeypatch):
     assert IDXDataModule(val_size=23).read("test")[0] is images
 
 
-def test_a_shard_of_pairs_is_drawn_by_its_numbers(keys, monkeypatch):
+def test_a_shard_of_pairs_is_drawn_by_its_numbers(stream_keys, monkeypatch):
     asked = {}
 
     def generate(flow, labels, sampler, **settings):
@@ -154,7 +139,7 @@ def test_a_shard_of_pairs_is_drawn_by_its_numbers(keys, monkeypatch):
     monkeypatch.setattr(reflow, "generate", generate)
     drawn = reflow.draw_shard(Flow(Known()), Sampler(3), 2, 5, 7)
     assert (asked["seed"], asked["numbers"], asked["batch_size"]) == (5, list(range(60, 90)), 7)
-    assert keys == [(5, "pairs", 2)] and torch.equal(asked["noise"], drawn["x0"].float())
+    assert stream_keys() == [(5, "pairs", 2)] and torch.equal(asked["noise"], drawn["x0"].float())
     assert torch.equal(asked["labels"], torch.arange(60, 90) % 10) and asked["decode"](torch.ones(1)).dtype == torch.float16
 
 

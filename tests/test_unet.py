@@ -77,6 +77,38 @@ def test_classes_width_of_the_embedding_dropout_and_groups_are_as_asked():
     assert not torch.equal(net(x, t, y), net(x, t, y)) and torch.equal(net.eval()(x, t, y), net(x, t, y))
 
 
+def test_a_block_adds_to_its_input_what_two_convolutions_find_and_the_embedding_scales_and_shifts():
+    block = ResidualBlock(8, embedding_dim=4)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    x, embedding = torch.randn(2, 8, 3, 5), torch.randn(2, 4)
+    scale, shift = block.modulation(embedding)[:, :8, None, None], block.modulation(embedding)[:, 8:, None, None]
+    normal = block.norm2(block.conv1(F.silu(block.norm1(x))))
+    torch.testing.assert_close(block(x, embedding), x + block.conv2(F.silu(normal + scale * normal + shift)))
+
+
+def test_a_decoder_stage_sees_the_sum_of_what_comes_up_and_of_its_skip():
+    net = UNet((4, 8), (2, 1), (False, True), image_size=4, groups=2)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    x, t, y = torch.randn(2, 1, 4, 4), torch.rand(2), torch.tensor([3, 10])
+    embedding = F.silu(net.time(t) + net.label(y))
+    skip = net.encoder[0](net.stem(x), embedding)
+    below = net.up[0](net.middle(net.down[0](skip), embedding))
+    torch.testing.assert_close(net(x, t, y), net.head(net.decoder[0](below + skip, embedding)))
+    assert {layer.num_groups for layer in net.modules() if isinstance(layer, nn.GroupNorm)} == {2}
+    assert [SelfAttention(channels, head_dim=32).heads for channels in (8, 32, 64)] == [1, 1, 2]
+
+
+def test_the_embedding_is_of_time_label_and_span():
+    net = UNet((4,), (1,), (False,), image_size=4, spans=True)
+    assert net.span.frequencies[[0, -1]].tolist() == [1, pytest.approx(10)]
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    t, y, until = torch.rand(3), torch.tensor([1, 2, 10]), torch.ones(3)
+    torch.testing.assert_close(net.embed(t, y, until), F.silu(net.time(t) + net.label(y) + net.span(until - t)))
+
+
 def test_attention_mixes_the_places_as_pytorch_does():
     layer = SelfAttention(8, head_dim=4)
     torch.nn.init.normal_(layer.out.weight)

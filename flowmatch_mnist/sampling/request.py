@@ -47,7 +47,7 @@ def noises(options: argparse.Namespace, columns: int, rows: int, flow: Flow) -> 
     """The noise (N, 1, 28, 28) that was asked for in place of the seed's, row after row of the grid; None for the seed's."""
     given = [noise_of(file, number, flow, options.data_dir) for file, number in options.from_image or []]
     if not options.interpolate:
-        return given[0].expand(rows * columns, -1, -1, -1) if given else None
+        return torch.stack(given * columns) if given else None
     ends = draw_noise(2 * rows, flow.net.shape, streams.generator("cpu", options.seed, "sampling")).unflatten(0, (rows, 2))
     for place, noise in enumerate(given):
         ends[:, place] = noise

@@ -1,0 +1,76 @@
+"""From files to networks: what is refused, what fits, and how a network comes out."""
+
+import numpy as np
+import pytest
+import torch
+
+from flowmatch_mnist import draw
+from flowmatch_mnist.networks.mlp import MLP
+from flowmatch_mnist.networks.unet import UNet
+from flowmatch_mnist.sampling import likelihood
+from flowmatch_mnist.sampling.generate import Flow, Sampler
+from flowmatch_mnist.sampling.units import UNITS
+from flowmatch_mnist.sampling.weights import KEY, load, load_teacher, read_checkpoint, save, warm_start
+from flowmatch_mnist.support.errors import UserError
+from flowmatch_mnist.support.files import save_checkpoint
+
+SMALL = {"channels": (4, 8), "blocks": (1, 1), "attention": (False, True)}
+
+
+@pytest.mark.parametrize("missing", [KEY, "state_dict"])
+def test_a_checkpoint_has_a_description_and_weights(missing, tmp_path):
+    whole = {KEY: {}, "state_dict": {}}
+    save_checkpoint(tmp_path / "whole.ckpt", whole)
+    assert read_checkpoint(tmp_path / "whole.ckpt")["state_dict"] == {}
+    save_checkpoint(tmp_path / "part.ckpt", {name: value for name, value in whole.items() if name != missing})
+    with pytest.raises(UserError, match="no checkpoint of this project"):
+        read_checkpoint(tmp_path / "part.ckpt")
+
+
+def written(path, net, drop=(), **changes):
+    """A file of a network, in whose description or weights something is amiss."""
+    flow = Flow(net)
+    description = flow.describe(Sampler()) | changes
+    weights = {f"net.{name}": value for name, value in net.state_dict().items() if name not in drop}
+    save_checkpoint(path, {KEY: description, "state_dict": weights})
+    return path
+
+
+def test_weights_go_into_a_network_that_they_fit(tmp_path):
+    there, here = UNet(**SMALL), UNet(**SMALL, spans=True, dropout=0.5)
+    warm_start(here, written(tmp_path / "whole.ckpt", there))
+    assert all(torch.equal(value, here.state_dict()[name]) for name, value in there.state_dict().items())
+    for name, file in (
+        ("stem.bias", written(tmp_path / "part.ckpt", there, ["stem.bias"])),
+        ("channels", written(tmp_path / "bad.ckpt", there, arguments="none")),
+    ):
+        with pytest.raises(UserError, match=f"do not fit.*{name}"):
+            warm_start(UNet(**SMALL), file)
+
+
+def test_a_network_comes_ready_to_sample(tmp_path):
+    save(tmp_path / "net.safetensors", Flow(UNet(**SMALL)), Sampler(), {})
+    net = load(tmp_path / "net.safetensors")[0].net
+    assert not net.training and net.middle.blocks[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    teacher = load_teacher(str(tmp_path / "net.safetensors"), UNet(**SMALL), torch.device("cpu"))
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_units_are_called_by_their_names():
+    assert {name: units.name for name, units in UNITS.items()} == {name: name for name in ("linear", "logit", "plane")}
+
+
+def test_labels_are_of_any_integers_and_within_the_classes():
+    assert draw(np.arange(2, dtype=np.int32), steps=1).labels.dtype == torch.int64
+    for labels in ([], [0, 10], [-1, 3]):
+        with pytest.raises(ValueError, match="0 to 9"):
+            draw(labels)
+
+
+def test_the_evaluations_of_all_labels_are_those_of_the_dearest(monkeypatch):
+    def of_one(flow, x1, y, sampler):
+        return likelihood.Likelihood(-y.double(), [30, 50, 40][y[0]])
+
+    monkeypatch.setattr(likelihood, "log_likelihood", of_one)
+    found = likelihood.marginal_log_likelihood(Flow(MLP(classes=3)), torch.randn(4, 2))
+    assert found.evaluations == 50 and found.log_p_given.tolist() == [[0, -1, -2]] * 4
