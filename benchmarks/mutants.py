@@ -141,7 +141,8 @@ class Court:
         self.shared = shared
 
     def tests_of(self, mutant: Mutant) -> list[str]:
-        """Those that pass through its lines, the quickest first; for a line that is only imported, through its file.
+        """Those that pass through its lines, the quickest first; for a line that is only imported, through its file, or
+        all, for a file of such lines alone.
 
         Of the cases of one test, those that come later wait: they have much in common.
         """
@@ -149,7 +150,7 @@ class Court:
         inside = [lines.get(str(line), []) for line in range(mutant.line, mutant.end + 1)]
         contexts = {context for found in inside for context in found if context != "import"}
         if not contexts or mutant.what.startswith("field "):
-            contexts = {context for found in lines.values() for context in found}
+            contexts = {context for found in lines.values() for context in found if context != "import"} or set(self.tests)
         names = {test for context in contexts for test in self.shared.get(context, [context])}
         successes, cases, waits = self.successes[mutant.file], Counter[str](), {}
         for name in sorted(names):

@@ -66,7 +66,6 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
             torch.save(checkpoint, file)
         except RuntimeError as error:  # what PyTorch's writer makes of a file system's refusal
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-        file.flush()
         if not _loads(temporary):
             wrong = [str(key) for key, part in _parts(checkpoint) if not _loads(part)]
             raise UserError(

@@ -1,0 +1,108 @@
+"""What lies below all: devices, errors and files."""
+
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from flowmatch_mnist.support.choices import PRETRAINED
+from flowmatch_mnist.support.devices import compile_in_place, default_device
+from flowmatch_mnist.support.errors import CommandParser, UserError, exit_on_error
+from flowmatch_mnist.support.files import load_checkpoint, save_checkpoint, save_json
+
+
+def test_the_accelerator_that_is_there_is_taken(monkeypatch):
+    for found, name in ((None, "cpu"), (torch.device("mps", 0), "mps"), (torch.device("cuda", 1), "cuda")):
+        look = mock.Mock(return_value=found)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", look)
+        assert default_device() == name
+        look.assert_called_once_with(check_available=True)
+
+
+def test_a_network_is_compiled_where_that_works(monkeypatch):
+    tried = []
+    monkeypatch.setattr(torch, "compile", lambda function: lambda x: tried.append(x.device.type))
+    net = nn.Linear(2, 2)
+    net.compile = mock.Mock()
+    compile_in_place(net, torch.device("meta"), "reduce-overhead")
+    net.compile.assert_called_once_with(mode="reduce-overhead")
+    assert tried == ["meta"]
+
+
+def test_a_network_is_left_as_it_is_where_compiling_fails_and_the_reason_is_said(monkeypatch, caplog):
+    def broken(function):
+        raise RuntimeError(f"no compiler\n{'x' * 300} Set TORCHDYNAMO_VERBOSE=1 for more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    net = nn.Linear(2, 2)
+    net.compile = mock.Mock()
+    compile_in_place(net, torch.device("cpu"), None)
+    net.compile.assert_not_called()
+    (record,) = caplog.records
+    assert record.getMessage().endswith(f"it does not work here: no compiler {'x' * 188}")
+
+
+def ends(error, cause=None):
+    """How a command ends in which an error is raised: its status, and whether it shows a traceback of its own."""
+    with pytest.raises(SystemExit) as ended, exit_on_error():
+        if cause is None:
+            raise error
+        try:
+            raise cause
+        except BaseException:
+            raise error  # noqa: B904  as Lightning does
+    return ended.value.code
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "status", "line"),
+    [
+        (UserError("a\n  mistake"), None, 2, "error: a mistake"),
+        (FloatingPointError("nan"), None, 2, "error: nan"),
+        (FileNotFoundError(2, "No such file", "x.png"), None, 2, "error: x.png: No such file"),
+        (OSError("the disk is gone"), None, 2, "error: the disk is gone"),
+        (OSError(28, "No space left"), None, 2, "error: [Errno 28] No space left"),
+        (KeyboardInterrupt(), None, 130, "interrupted"),
+        (SystemExit(1), KeyboardInterrupt(), 130, "interrupted"),
+        (SystemExit(3), None, 3, ""),
+        (SystemExit(1), ValueError(), 1, ""),
+    ],
+    ids=str,
+)
+def test_each_end_has_its_line_and_status(error, cause, status, line, capsys):
+    assert ends(error, cause) == status
+    out, err = capsys.readouterr()
+    assert out == "" and err == (f"{line}\n" if line else "")
+
+
+def test_a_mistake_on_a_command_line_is_one_line_with_where_to_look(capsys):
+    parser = CommandParser(prog="tool", description="What\n    it does.")
+    with pytest.raises(SystemExit, match="2"):
+        parser.error("no\n  such thing")
+    assert capsys.readouterr().err == "error: no such thing; see `tool --help`\n"
+    assert "What\n    it does." in parser.format_help()
+
+
+def test_plain_values_are_written_to_be_read(tmp_path):
+    save_json(tmp_path / "new/figures.json", {"é": 1})
+    assert (tmp_path / "new/figures.json").read_bytes() == b'{\n "\xc3\xa9": 1\n}\n'
+
+
+def test_of_a_checkpoint_that_could_not_be_read_the_part_is_named(tmp_path):
+    good = {"step": 3, "weights": {"x": torch.ones(2)}, "callbacks": {"Mine": {"best": 0.5}}}
+    save_checkpoint(tmp_path / "good.ckpt", good)
+    assert load_checkpoint(tmp_path / "good.ckpt")["callbacks"] == good["callbacks"]
+    bad = good | {"callbacks": {"Mine": {"best": 0.5}, "Yours": {"best": np.float64(0.5)}}}
+    with pytest.raises(UserError, match="may, in Yours; keep"):
+        save_checkpoint(tmp_path / "bad.ckpt", bad)
+    with pytest.raises(UserError, match="may, in step; keep"):
+        save_checkpoint(tmp_path / "bad.ckpt", good | {"step": np.float64(3)})
+    assert [path.name for path in tmp_path.iterdir()] == ["good.ckpt"]
+
+
+def test_the_weights_in_the_package_are_there():
+    assert list(PRETRAINED) == ["mnist", "few-step", "one-step"]
+    for name, path in PRETRAINED.items():
+        assert path.is_file() and path.name == f"{name}.safetensors"
