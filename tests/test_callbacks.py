@@ -1,0 +1,337 @@
+"""Callbacks by themselves: what each does when it is called, with a trainer that only stands there."""
+
+import json
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import RichProgressBar, WeightAveraging
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
+from rich.text import Text
+
+from flowmatch_mnist.evaluation.metrics import Measurement
+from flowmatch_mnist.sampling.generate import Sampler, Samples, draw_noise
+from flowmatch_mnist.support import streams
+from flowmatch_mnist.training import config, console, ema, evaluation
+from flowmatch_mnist.training.config import LogConfig, hyperparameters
+from flowmatch_mnist.training.console import Bar, Description, Report
+from flowmatch_mnist.training.distributed import gather, interleave, is_first
+from flowmatch_mnist.training.drawing import DrawSamples, WriteSamples
+from flowmatch_mnist.training.ema import EMA
+from flowmatch_mnist.training.evaluation import Evaluate
+from flowmatch_mnist.training.folder import RunFolder
+
+BATCH = (torch.zeros(3, 2), torch.zeros(5), torch.zeros(8))
+"""Eight labels stand last."""
+
+
+@pytest.fixture
+def trainer():
+    """At the end of an epoch's fourth step; it logs every other step."""
+    return SimpleNamespace(
+        global_step=4,
+        current_epoch=2,
+        log_every_n_steps=2,
+        world_size=2,
+        is_global_zero=True,
+        sanity_checking=False,
+        loggers=[mock.Mock()],
+        callbacks=[],
+        callback_metrics={"loss/val": torch.tensor(0.25)},
+    )
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still, at `now` seconds."""
+    clock = SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr(console, "time", clock)
+    return clock
+
+
+def test_the_rate_is_of_training_alone(trainer, clock, capsys):
+    module, report = SimpleNamespace(last_loss=torch.tensor(0.5)), Report()
+    report.on_validation_end(trainer, module)
+    assert capsys.readouterr().out == "", "before training begins, nothing is said"
+
+    def step(number, begin, end):
+        clock.now = begin
+        report.on_train_batch_start(trainer, module, BATCH, 0)
+        clock.now, trainer.global_step = end, number
+        report.on_train_batch_end(trainer, module, None, BATCH, 0)
+
+    clock.now = 1000.0
+    report.on_train_start(trainer, module)
+    step(1, 1000.0, 1010.0)  # which compiles
+    step(2, 1020.0, 1022.0)
+    (logger,) = trainer.loggers
+    logger.log_metrics.assert_called_once_with({"speed/samples_per_second": 8 * 2 / 2}, 1)
+    step(3, 1030.0, 1032.0)
+    report.on_validation_start(trainer, module)
+    step(4, 1040.0, 1044.0)
+    assert logger.log_metrics.call_args.args == ({"speed/samples_per_second": 8 * 2 / 4}, 3)
+    step(5, 1050.0, 1051.0)
+    step(6, 1053.0, 1054.0)
+    assert logger.log_metrics.call_args.args == ({"speed/samples_per_second": 8 * 2 * 2 / 4}, 5)
+    report.on_validation_end(trainer, module)
+    assert capsys.readouterr().out == "epoch 3, step 6: train loss 0.5000, val loss 0.2500, 8 samples/s, 0 min 54 s\n"
+    assert report.state_dict() == {"seconds": 54}
+    for changes in ({"sanity_checking": True}, {"is_global_zero": False}):
+        report.on_validation_end(SimpleNamespace(**(vars(trainer) | changes)), module)
+        assert capsys.readouterr().out == ""
+
+
+def test_the_clock_of_a_run_that_goes_on_counts_on(trainer, clock, capsys):
+    report = Report()
+    report.load_state_dict({"seconds": 100.0})
+    clock.now = 1000.0
+    report.on_train_start(trainer, None)
+    clock.now = 1030.0
+    report.on_validation_end(trainer, SimpleNamespace(last_loss=torch.tensor(0.5)))
+    assert capsys.readouterr().out == "epoch 3, step 4: train loss 0.5000, val loss 0.2500, 2 min 10 s\n"
+
+
+def test_the_bar_shows_the_loss_of_the_last_logged_step(trainer, monkeypatch):
+    theirs = mock.Mock()
+    monkeypatch.setattr(RichProgressBar, "on_train_batch_end", theirs)
+    monkeypatch.setattr(RichProgressBar, "get_metrics", lambda *_: {"v_num": 0, "loss/train": 9.0})
+    bar = Bar()
+    for step, loss, shown in ((1, 0.12345, 9.0), (2, 0.56789, 0.568), (3, 0.1, 0.568), (0, 0.2, 0.568)):
+        trainer.global_step = step
+        bar.on_train_batch_end(trainer, module := SimpleNamespace(last_loss=torch.tensor(loss)), "outputs", "batch", 7)
+        theirs.assert_called_with(trainer, module, "outputs", "batch", 7)
+        assert bar.get_metrics(trainer, module) == {"v_num": 0, "loss/train": pytest.approx(shown)}
+    text = Description().render(SimpleNamespace(description="Epoch 3/-2"))
+    assert text == Text("Epoch 3") and text.style == "progress.description"
+
+
+def test_the_settings_of_a_run_have_short_names():
+    flat = {
+        "name": "x",
+        "seed_everything": 3,
+        "trainer.max_epochs": 5,
+        "trainer.max_steps": None,
+        "trainer.precision": "32-true",
+        "model.net.class_path": "flowmatch_mnist.networks.unet.UNet",
+        "model.net.init_args.dropout": 0.1,
+        "model.net.init_args.channels": [4, 8],
+        "model.decay": "cosine",
+        "model.channels_last": True,
+        "model.start": None,
+        "ema.decay": 0.999,
+        "data.class_path": "flowmatch_mnist.data.digits.MNISTDataModule",
+        "data.init_args.data_dir": "data",
+        "data.init_args.dequantize": False,
+    }
+    assert hyperparameters(flat) == {
+        "seed_everything": 3,
+        "max_epochs": 5,
+        "net": "networks.unet.UNet",
+        "net.dropout": 0.1,
+        "net.channels": "[4, 8]",
+        "decay": "cosine",
+        "ema.decay": 0.999,
+        "data": "data.digits.MNISTDataModule",
+        "dequantize": False,
+    }
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_whole_config_is_kept_and_logged(trainer, tmp_path, monkeypatch, kept):
+    theirs, logged = mock.Mock(), mock.Mock()
+    monkeypatch.setattr(SaveConfigCallback, "setup", theirs)
+    monkeypatch.setattr(config, "log_run", logged)
+    parser, settings = mock.Mock(), mock.Mock()
+    parser.save.side_effect = lambda settings, path, **_: path.write_text("all")
+    settings.as_flat.return_value = SimpleNamespace(seed_everything=3)
+    trainer.datamodule = SimpleNamespace(problem=SimpleNamespace(headlines=("quality/x",)))
+    trainer.callbacks = [RunFolder(tmp_path if kept else None)]
+    callback = LogConfig(parser, settings, save_to_log_dir=False)
+    callback.setup(trainer, "module", "fit")
+    theirs.assert_called_once_with(trainer, "module", "fit")
+    callback.save_config(trainer, "module", "fit")
+    if kept:
+        # Settings at None too: what is not said is said to be so. In one file, which may be there from an earlier part.
+        parser.save.assert_called_once_with(settings, mock.ANY, skip_unset=False, overwrite=True, multifile=False)
+    assert (tmp_path / "config.yaml").exists() == kept
+    parser.dump.assert_called_once_with(settings, skip_unset=False)
+    logged.assert_called_once_with(trainer, parser.dump(), {"seed_everything": 3}, ("quality/x",))
+
+
+def test_processes_give_each_other_their_shares(trainer, monkeypatch):
+    def all_gather(shares, share):
+        shares[:] = [f"{share} of {rank}" for rank in range(len(shares))]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather)
+    assert gather(trainer, "share") == ["share of 0", "share of 1"]
+    trainer.world_size = 1
+    assert gather(trainer, "share") == ["share"]
+    assert interleave([torch.tensor([0, 2, 4]), torch.tensor([1, 3])]).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("rank", "node", "first"), [(0, 0, True), (1, 0, False), (0, 1, False), (1, 1, False)])
+def test_the_first_process_is_that_of_the_first_node(monkeypatch, rank, node, first):
+    monkeypatch.setattr(rank_zero_only, "rank", rank)
+    monkeypatch.setenv("NODE_RANK", str(node))
+    assert is_first() == first
+
+
+def test_before_there_is_an_average_nothing_is_averaged(trainer, monkeypatch):
+    theirs = mock.Mock()
+    monkeypatch.setattr(WeightAveraging, "on_load_checkpoint", theirs)
+    average = EMA()
+    average.on_train_batch_end(trainer, torch.nn.Linear(2, 2), None, BATCH, 0)
+    average.on_load_checkpoint(trainer, "module", "checkpoint")
+    theirs.assert_not_called()
+    monkeypatch.setattr(ema, "average_of", lambda callback: "an average")
+    average.on_load_checkpoint(trainer, "module", "checkpoint")
+    theirs.assert_called_once_with(trainer, "module", "checkpoint")
+    average.load_state_dict({"latest_update_step": 4})
+    average.on_train_batch_end(trainer, "module", None, BATCH, 0)  # within a step that was averaged already
+
+
+@pytest.mark.parametrize(
+    ("make", "good", "bad"),
+    [
+        (Evaluate, [{"samples": 2, "test_samples": 2}, {"steps": ()}, {"steps": (1,)}], [{"samples": 1}, {"test_samples": 1}]),
+        (Evaluate, [{"every_n_epochs": 0, "every_n_steps": 0}], [{"steps": (0,)}, {"steps": (2, 0)}, {"every_n_steps": -1}]),
+        (DrawSamples, [{"rows": 1}], [{"rows": 0}, {"every_n_epochs": -1}]),
+        (EMA, [{"decay": 0.0}, {"decay": 0.9999}], [{"decay": 1.0}, {"decay": -0.1}]),
+    ],
+)
+def test_settings_are_in_their_range(make, good, bad):
+    for settings in good:
+        make(**settings)
+    for settings in bad:
+        with pytest.raises(ValueError, match=make.__name__):
+            make(**settings)
+
+
+def test_predictions_are_written_when_all_are_there():
+    writer = WriteSamples()
+    assert writer.interval.on_epoch and not writer.interval.on_batch
+
+
+@pytest.fixture
+def measured(trainer, tmp_path, monkeypatch):
+    """An `Evaluate` that draws for three seconds and measures for two, and a module of ten classes."""
+    clock = SimpleNamespace(now=100.0)
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr(evaluation, "time", clock)
+    evaluate, splits = Evaluate(samples=20, test_samples=30, steps=(1, 3), seed=5), []
+    evaluate.splits, evaluate.curves = splits, {}
+    monkeypatch.setattr(evaluation, "log_curve", lambda trainer, tag, points: evaluate.curves.update({tag: points}))
+
+    def sample(trainer, module, sampler, count):
+        clock.now += 3.04
+        return Samples(torch.zeros(count, 2), torch.arange(count) % 10, 2 * sampler.steps)
+
+    def measure(trainer, module, samples, split):
+        splits.append(split)
+        clock.now += 2.06
+        return [
+            Measurement("distance", 0.30000049 + samples.evaluations, 0.15000049, ratio=True),
+            Measurement("accuracy by digit/3", 0.5, 1.0),
+            *(Measurement(name, 0.25, 1.0) for name in ("accuracy", "recall", "precision", "copies")),
+        ]
+
+    monkeypatch.setattr(evaluate, "sample", sample)
+    monkeypatch.setattr(evaluate, "measure", measure)
+    trainer.datamodule = SimpleNamespace(problem=SimpleNamespace(headlines=("quality/distance ratio", "quality/accuracy")))
+    trainer.strategy = SimpleNamespace(broadcast=lambda value: value)
+    trainer.ckpt_path = tmp_path / "last.ckpt"
+    trainer.callback_metrics["loss/test"] = torch.tensor(0.1250004)
+    return evaluate, SimpleNamespace(sampler=Sampler(4, "euler"), net=SimpleNamespace(no_label=10))
+
+
+def test_a_report_has_all_figures_on_the_screen_and_in_its_file(trainer, measured, tmp_path, capsys):
+    evaluate, module = measured
+    evaluate.report(trainer, module, "test")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == ("30 samples of 10 classes in turn, euler, 4 steps, guidance 1 (NFE 8), seed 5; beside the test split")
+    assert lines[2].split() == ["distance", "8.3000", "0.1500", "55.33"] and lines[8].split() == ["loss/test", "0.1250"]
+    assert lines[9] == "20 samples by 2 evaluations: distance ratio 15.333, accuracy 0.250"
+    assert lines[10].startswith("and by 6 evaluations: distance ratio 42.0")
+    assert lines[11] == f"wrote {tmp_path / 'metrics.json'} after 3 s of drawing and 2 s of measuring"
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert list(found) == [
+        *("checkpoint", "split", "figures", "loss/test", "samples", "sampler"),
+        *("evaluations", "by steps", "seed", "seconds", "versions"),
+    ]
+    assert (found["checkpoint"], found["split"], found["loss/test"], found["samples"]) == ("last.ckpt", "test", 0.125, 30)
+    assert found["figures"]["distance"] == {"samples": 8.3, "real data": 0.15}
+    assert (found["sampler"]["steps"], found["evaluations"], found["seed"]) == (4, 8, 5)
+    assert found["seconds"] == {"drawing": 3.0, "measuring": 2.1}
+    assert [(p["steps"], p["evaluations"], p["samples"]) for p in found["by steps"]] == [(1, 2, 20), (3, 6, 20)]
+    assert set(found["versions"]) == {"flowmatch-mnist", "torch", "lightning", "torchmetrics"}
+    assert evaluate.splits == ["test"] * 3 and not trainer.loggers[0].log_metrics.called
+    accuracy, distance = (evaluate.curves[f"quality_by_evaluations/{title}"] for title in ("accuracy", "distance ratio"))
+    assert accuracy == {2: 0.25, 6: 0.25} and distance == {2: pytest.approx(15.3, abs=0.1), 6: pytest.approx(42, abs=0.1)}
+
+
+def test_curves_by_steps_are_of_headlines_and_of_solvers_that_take_steps(trainer, measured):
+    evaluate, module = measured
+    module.sampler = Sampler(4, "dopri5")
+    assert evaluate.by_steps(trainer, module, "val") == [] and not evaluate.curves
+    module.sampler, trainer.datamodule.problem.headlines = Sampler(4, "euler"), ()
+    assert evaluate.by_steps(trainer, module, "val") == [] and not evaluate.curves
+
+
+def test_figures_while_training_are_logged_told_and_kept(trainer, measured, capsys):
+    evaluate, module = measured
+    evaluate.act(trainer, module)
+    assert capsys.readouterr().out == (
+        "step 4: 20 samples, distance ratio 55.333, accuracy 0.250, recall 0.250, precision 0.250\n"
+    )
+    assert evaluate.splits == ["val"]
+    (logged, step), _ = trainer.loggers[0].log_metrics.call_args
+    assert step == 3 and logged["quality/recall"] == 0.25 and logged["quality_details/accuracy by digit 3"] == 0.5
+    assert trainer.callback_metrics["quality/recall"] == 0.25
+    evaluate.done_at = 4
+    state = evaluate.state_dict()
+    assert state == {"done_at": 4, "figures": logged}
+    other, fresh = Evaluate(), SimpleNamespace(callback_metrics={})
+    other.load_state_dict(state)
+    other.on_train_start(fresh, module)
+    assert other.done_at == 4 and fresh.callback_metrics["quality/recall"] == 0.25
+    other.load_state_dict({"done_at": 2})
+    assert other.state_dict() == {"done_at": 2, "figures": {}}, "an older checkpoint has no figures"
+
+
+class Shown(RichProgressBar):
+    """Lightning's bar, whose terminal is looked at."""
+
+    progress, is_enabled = mock.Mock(), True
+
+
+@pytest.mark.parametrize("bar", [Shown(), None, mock.Mock()])
+def test_each_process_draws_its_share_of_the_same_samples(trainer, monkeypatch, bar):
+    asked = {}
+
+    def generate(flow, labels, sampler, on_batch, **settings):
+        on_batch(2)
+        asked.update(labels=labels.tolist(), sampler=sampler, flow=flow, **settings)
+        return Samples(labels[:, None].float(), labels, 6)
+
+    monkeypatch.setattr(evaluation, "generate", generate)
+    monkeypatch.setattr(evaluation, "averaged_flow", lambda trainer, module: "the averaged flow")
+    other = (torch.arange(0.0, 5, 2)[:, None], 9)
+    monkeypatch.setattr(evaluation, "gather", lambda trainer, share: [other, share])
+    trainer.global_rank, trainer.progress_bar_callback = 1, bar
+    module = SimpleNamespace(net=SimpleNamespace(no_label=4, shape=(2,)))
+    samples = Evaluate(seed=5).sample(trainer, module, "a sampler", 6)
+    noise = draw_noise(6, (2,), streams.generator("cpu", 5, "sampling"))
+    assert torch.equal(asked.pop("noise"), noise[1::2])
+    assert asked == {
+        **{"flow": "the averaged flow", "sampler": "a sampler"},
+        **{"labels": [1, 3, 1], "numbers": [1, 3, 5], "seed": 5},
+    }
+    assert samples.labels.tolist() == [0, 1, 2, 3, 0, 1] and samples.evaluations == 9
+    assert samples.values.flatten().tolist() == [0, 1, 2, 3, 4, 1]
+    if isinstance(bar, Shown):
+        bar.progress.add_task.assert_called_once_with("Drawing", total=3)
+        bar.progress.advance.assert_called_once_with(bar.progress.add_task(), 2)
+        bar.progress.remove_task.assert_called_once_with(bar.progress.add_task())
