@@ -22,6 +22,7 @@ from flowmatch_mnist.training.drawing import DrawSamples, WriteSamples
 from flowmatch_mnist.training.ema import EMA
 from flowmatch_mnist.training.evaluation import Evaluate
 from flowmatch_mnist.training.folder import RunFolder
+from flowmatch_mnist.training.gradients import GradientWatch
 
 BATCH = (torch.zeros(3, 2), torch.zeros(5), torch.zeros(8))
 """Eight labels stand last."""
@@ -304,12 +305,14 @@ def test_figures_while_training_are_logged_told_and_kept(trainer, measured, caps
 class Shown(RichProgressBar):
     """Lightning's bar, whose terminal is looked at."""
 
-    progress, is_enabled = mock.Mock(), True
+    is_enabled = True
 
 
 @pytest.mark.parametrize("bar", [Shown(), None, mock.Mock()])
 def test_each_process_draws_its_share_of_the_same_samples(trainer, monkeypatch, bar):
     asked = {}
+    if isinstance(bar, Shown):
+        bar.progress = mock.Mock()
 
     def generate(flow, labels, sampler, on_batch, **settings):
         on_batch(2)
@@ -335,3 +338,15 @@ def test_each_process_draws_its_share_of_the_same_samples(trainer, monkeypatch, 
         bar.progress.add_task.assert_called_once_with("Drawing", total=3)
         bar.progress.advance.assert_called_once_with(bar.progress.add_task(), 2)
         bar.progress.remove_task.assert_called_once_with(bar.progress.add_task())
+
+
+def test_on_a_processor_a_step_that_is_not_finite_is_told_at_once_and_the_first_stays_the_first():
+    watch, good = GradientWatch("stop"), torch.tensor(0.5)
+    watch.look(1, good, good, [], logged=False, scaled=False)
+    watch.require_finite()
+    for step, norm in ((2, float("nan")), (3, float("inf"))):
+        with pytest.raises(FloatingPointError, match=r"^step 2 is not finite: loss 0.5, norm of the gradients nan"):
+            watch.look(step, torch.tensor(norm), good, [], logged=False, scaled=False)
+    with pytest.raises(FloatingPointError, match="step 2"):
+        watch.require_finite()
+    GradientWatch("stop").require_finite()

@@ -101,6 +101,7 @@ def check_begin_next_epoch(tmp_path):
 
         def on_train_start(self, trainer, pl_module):
             internals.begin_next_epoch(trainer)
+            assert not trainer.fit_loop.restarted_on_epoch_end
 
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             self.batches.append((trainer.current_epoch, batch_idx))
