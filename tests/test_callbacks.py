@@ -6,7 +6,9 @@ from unittest import mock
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import RichProgressBar, WeightAveraging
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import RichProgressBar, Timer, WeightAveraging
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 from rich.text import Text
@@ -14,6 +16,7 @@ from rich.text import Text
 from flowmatch_mnist.evaluation.metrics import Measurement
 from flowmatch_mnist.sampling.generate import Sampler, Samples, draw_noise
 from flowmatch_mnist.support import streams
+from flowmatch_mnist.support.errors import UserError
 from flowmatch_mnist.training import config, console, ema, evaluation
 from flowmatch_mnist.training.config import LogConfig, hyperparameters
 from flowmatch_mnist.training.console import Bar, Description, Report
@@ -23,6 +26,10 @@ from flowmatch_mnist.training.ema import EMA
 from flowmatch_mnist.training.evaluation import Evaluate
 from flowmatch_mnist.training.folder import RunFolder
 from flowmatch_mnist.training.gradients import GradientWatch
+from flowmatch_mnist.training.options import as_list, check_options
+from flowmatch_mnist.training.periodic import Periodic
+from flowmatch_mnist.training.steps import is_logged, last_step
+from flowmatch_mnist.training.stopping import is_stopping, reason
 
 BATCH = (torch.zeros(3, 2), torch.zeros(5), torch.zeros(8))
 """Eight labels stand last."""
@@ -350,3 +357,99 @@ def test_on_a_processor_a_step_that_is_not_finite_is_told_at_once_and_the_first_
     with pytest.raises(FloatingPointError, match="step 2"):
         watch.require_finite()
     GradientWatch("stop").require_finite()
+
+
+class Acts(Periodic):
+    """Notes in which steps it acts."""
+
+    def act(self, trainer, module):
+        self.seen = [*getattr(self, "seen", []), trainer.global_step]
+
+
+def test_what_is_done_now_and_then_is_done_when_it_is_time_and_once(trainer):
+    trainer.should_stop, trainer.is_last_batch = False, False
+    acts, by_steps = Acts(3, 0), Acts(0, 1)
+    for epoch in range(6):
+        trainer.current_epoch, trainer.global_step = epoch, epoch + 1
+        by_steps.on_train_batch_end(trainer, None, None, None, 0)
+        acts.on_train_epoch_end(trainer, None)
+    assert acts.seen == [3, 6] and by_steps.seen == [1, 2, 3, 4, 5, 6]
+    again = Acts(3, 0)
+    again.load_state_dict(acts.state_dict())
+    again.on_train_epoch_end(trainer, None)
+    assert not hasattr(again, "seen"), "a run that goes on does not act again in that step"
+    for stopped, last, seen in ((True, False, False), (True, True, True), (False, True, True), (False, False, True)):
+        trainer.should_stop, trainer.is_last_batch = stopped, last
+        acts = Acts(3, 0)
+        acts.on_train_epoch_end(trainer, None)
+        assert hasattr(acts, "seen") == seen, "an epoch that is stopped in its middle is not over"
+
+
+def stopper(message=None, monitor="loss/val", stopped=True):
+    reason = EarlyStoppingReason.PATIENCE_EXHAUSTED if stopped else EarlyStoppingReason.NOT_STOPPED
+    return SimpleNamespace(stopping_reason=reason, stopping_reason_message=message, monitor=monitor)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"should_stop": True}, "a callback stopped it"),
+        ({"should_stop": True, "callbacks": [Timer({"hours": 1})]}, "a callback stopped it"),
+        ({"should_stop": True, "early_stopping_callbacks": [stopper("Enough.")]}, "EarlyStopping: Enough; to go on, leave"),
+        ({"should_stop": True, "early_stopping_callbacks": [stopper()]}, "EarlyStopping: loss/val; to go on, leave"),
+        ({"should_stop": True, "early_stopping_callbacks": [stopper(stopped=False)]}, "a callback stopped it"),
+        ({"max_steps": 4}, "it has done its 4 steps; to go on, raise --trainer.max_steps"),
+        ({"max_steps": 5}, "it has done its 9 epochs; to go on, raise --trainer.max_epochs"),
+        ({"max_steps": 0}, "it has done its 0 steps"),
+        ({"limit_train_batches": 0}, "--trainer.limit_train_batches 0 leaves nothing"),
+        ({}, "it has done its 9 epochs"),
+    ],
+)
+def test_the_end_of_a_run_has_its_reason(trainer, changes, words):
+    usual = {"should_stop": False, "max_steps": -1, "max_epochs": 9, "limit_train_batches": 1.0, "early_stopping_callbacks": []}
+    vars(trainer).update(usual | changes)
+    assert reason(trainer).startswith(words)
+    late = mock.Mock(spec=Timer)
+    for left, over in ((None, False), (0.5, False), (0, True), (-1.0, True)):
+        late.time_remaining.return_value = left
+        vars(trainer).update(usual | {"should_stop": True, "callbacks": [late]})
+        assert (reason(trainer) == "its max_time is over; to go on, give a longer --trainer.max_time") == over
+
+
+@pytest.mark.parametrize(
+    ("least", "stops"),
+    [((None, None), True), ((2, 4), True), ((3, None), False), ((None, 5), False), ((3, 4), False), ((0, 0), True)],
+)
+def test_a_run_stops_when_it_is_asked_and_has_done_the_least(trainer, least, stops):
+    trainer.min_epochs, trainer.min_steps = least
+    for asked in (True, False):
+        trainer.should_stop = asked
+        assert is_stopping(trainer) == (stops and asked)
+
+
+def test_steps_are_logged_every_so_often_and_counted_from_0(trainer):
+    assert [is_logged(trainer, step) for step in range(1, 5)] == [False, True, False, True] and last_step(trainer) == 3
+    trainer.log_every_n_steps = 0
+    assert not is_logged(trainer, 4)
+
+
+@pytest.mark.parametrize(
+    ("option", "bad", "good"),
+    [
+        ("barebones", True, [False, None]),
+        ("enable_checkpointing", False, [True, None]),
+        ("enable_autolog_hparams", False, [True]),
+        ("model_registry", "somewhere", [None]),
+        ("use_distributed_sampler", False, [True]),
+        ("strategy", "fsdp", ["auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false"]),
+    ],
+)
+def test_an_option_that_a_run_cannot_have_is_refused(option, bad, good):
+    def asked(value):
+        return Namespace(**({"strategy": "auto"} | {option: value}))
+
+    with pytest.raises(UserError, match=f"--trainer.{option} {str(bad).lower()} is not supported"):
+        check_options(asked(bad))
+    for value in good:
+        check_options(asked(value))
+    assert [as_list(value) for value in (None, 3, [3], (3, 4))] == [[], [3], [3], [3, 4]]

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowmatch_mnist.networks.unet import UNet
+from flowmatch_mnist.training import muon
 from flowmatch_mnist.training.muon import Muon, by_size, in_one_batch, orthogonalize
 
 
@@ -28,6 +29,16 @@ def test_without_a_round_a_matrix_is_only_scaled_to_a_norm_of_one():
     wide, tall = torch.randn(3, 8), torch.randn(8, 3)
     for matrix, found in zip((wide, tall), orthogonalize([wide, tall], iterations=0), strict=True):
         torch.testing.assert_close(found, matrix / matrix.norm())
+
+
+def test_a_processor_takes_them_by_size_and_a_gpu_in_one_batch(monkeypatch):
+    taken = []
+    monkeypatch.setattr(muon, "by_size", lambda wide, rounds: taken.append(("by size", rounds)) or wide)
+    monkeypatch.setattr(muon, "in_one_batch", lambda wide, rounds: taken.append(("in one batch", rounds)) or wide)
+    for device in ("cpu", "meta"):
+        assert orthogonalize([torch.zeros(8, 3, device=device)], 4)[0].shape == (8, 3)
+    assert taken == [("by size", 4), ("in one batch", 4)]
+    assert muon.newton_schulz(torch.eye(3, dtype=torch.bfloat16)[None], 1).dtype == torch.bfloat16
 
 
 def net():
@@ -107,3 +118,17 @@ def test_for_a_gpu_all_kernels_are_one_batch_with_the_same_results_in_fewer_laun
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, atol=2e-6, rtol=0)
     assert counts[1] < counts[0] / 3 and counts[1] < 100
+
+
+def test_a_closure_takes_its_gradients_and_steps_are_counted():
+    convolution = nn.Conv2d(1, 2, 3)
+    optimizer = Muon(convolution.parameters())
+    assert optimizer.defaults["fused"]
+
+    def closure():
+        loss = convolution(torch.ones(1, 1, 3, 3)).square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) > optimizer.step(closure) > 0
+    assert {state["step"].item() for state in optimizer.state.values()} == {2}

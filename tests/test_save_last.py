@@ -178,6 +178,9 @@ def test_a_run_stopped_after_a_validation_in_mid_epoch_is_not_saved_twice(traine
     step(save, trainer)
     save.on_train_epoch_end(trainer, MODULE)
     assert trainer.save_checkpoint.call_count == 2
+    trainer.is_last_batch = True
+    save.on_train_epoch_end(trainer, MODULE)
+    assert trainer.save_checkpoint.call_count == 3, "at an epoch's end in any case: it counts the epoch"
 
 
 @pytest.mark.parametrize("changes", [{"sanity_checking": True}, {"state": SimpleNamespace(fn="validate")}])
@@ -269,9 +272,10 @@ def test_several_processes_agree_in_a_step_that_is_logged(trainer, around):
     save = begun(trainer)
     assert not step(save, trainer) and not trainer.strategy.reduce.called
     assert step(save, trainer) and save._stop_for == 15, "another process was asked to stop"
-    save.on_validation_end(trainer, MODULE)
-    save.on_train_epoch_end(trainer, MODULE)
-    assert trainer.strategy.reduce.call_count == 3
+    for ends in (save.on_validation_end, save.on_train_epoch_end):
+        save._stop_for = 0
+        ends(trainer, MODULE)
+        assert save._stop_for == 15
 
 
 def test_a_stopped_run_stays_stopped_and_leftovers_are_cleared_away(trainer, around, tmp_path, monkeypatch):

@@ -63,6 +63,7 @@ def scontrol(monkeypatch):
         asked, status, error = (), 0, None
 
         def run(self, command, **settings):
+            assert settings == {"capture_output": True, "text": True, "check": False}
             self.asked = command
             if self.error is not None:
                 raise self.error
@@ -105,6 +106,9 @@ def test_what_slurm_says_of_a_job_is_told(monkeypatch, job, scontrol):
 def test_a_mark_is_of_one_job_and_one_command(tmp_path, monkeypatch, job):
     folder = tmp_path / "version_0"
     (folder / "checkpoints").mkdir(parents=True)
+    monkeypatch.setattr("sys.argv", ["train.py", "fit", "--name", "some"])
+    assert requeue.this_job() == {"job": "1234", "command": ["fit", "--name", "some"]}
+    requeue.unmark(folder)  # where there is no mark
     requeue.mark(folder)
     assert requeue.checkpoint_of_this_job(tmp_path) is None, "there is nothing to resume"
     (folder / "checkpoints/last.ckpt").touch()
