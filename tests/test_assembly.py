@@ -154,6 +154,29 @@ def test_a_mistake_leaves_no_folder(assemble, tmp_path, arguments, words):
     assert not list(tmp_path.glob("runs/*/version_*"))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line", "names"),
+    [
+        (["--data.batch_size", "x"], "data: batch_size: Expected a <class 'int'>. Got value: x;", ""),
+        (["--model.sampler.steps", "{a: 1}"], "model.sampler: steps: Expected a <class 'int'>. Got value: {'a': 1};", ""),
+        (["--trainer.max_epochs", "[1"], "trainer.max_epochs: Expected a <class 'int'>, got [1;", ""),
+        (["--ema.decay", "a(b)"], "ema.decay: Expected a <class 'float'>. Got value: a(b);", ""),
+        (["--model.nothing", "3"], "unrecognized arguments: --model.nothing 3;", ""),
+        (["--model.net", "{class_path: x.y}"], "model.net: Problem with given class_path 'x.y': ", ""),
+        (["--model.optimizer", "X"], "model.optimizer: Expected a dot import path string: X, got X;", ""),
+        (["--model.path", "zigzag"], "there is no model.path 'zigzag'; choose one of 'linear', 'cosine', 'vp';", ""),
+        (["--data.coupling", "x"], "data: there is no coupling 'x'; choose one of 'independent', 'ot_within_class', 'ot';", ""),
+        (["--model.net", "X"], "there is no model.net 'X'; choose one of ", "MLP UNet"),
+        (["--model.times", "X"], "there is no model.times 'X'; choose one of ", "Uniform LogitNormal Mode"),
+        (["--data", "X"], "there is no data 'X'; choose one of ", "MNISTDataModule IDXDataModule"),
+    ],
+)
+def test_what_is_wrong_with_a_setting_is_one_line(assemble, arguments, line, names):
+    done = assemble(*arguments).done
+    assert_one_line_error(done, *names.split(), "see `python train.py fit --help`")
+    assert done.stderr.startswith(f"error: {line}"), done.stderr
+
+
 @pytest.mark.parametrize("wanted", ["last", "best"])
 def test_the_newest_run_goes_on_in_its_folder(assemble, tmp_path, wanted):
     path = keep(tmp_path / "runs/tiny/version_4")
