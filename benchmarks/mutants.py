@@ -55,7 +55,7 @@ OPTIONS = [
 SURVIVED = "survived: "
 COPY = "FLOWMATCH_MNIST_COPY"
 """A variable that tells the script that it runs in a copy of the project."""
-HEARINGS = (3.0, 8.0)
+HEARINGS = (3.0, 20.0)
 """Seconds of tests that a mutant meets at first, and, if it survives those, after that."""
 
 

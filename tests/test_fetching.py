@@ -6,7 +6,9 @@ import logging
 import socket
 import subprocess
 import tarfile
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -124,6 +126,23 @@ def test_one_process_fetches_at_a_time_beside_where_the_files_go(monkeypatch, tm
     assert "fetching MNIST with a friend" in caplog.text and "nobody" not in caplog.text
     mnist.prepare(tmp_path)
     assert len(scratch) == 1, "what is there is not fetched again"
+
+
+def test_of_several_that_ask_at_once_one_fetches(monkeypatch, tmp_path):
+    calls, all_there = [], threading.Barrier(3)
+
+    def fetch(folder):
+        calls.append(folder)
+        put(folder)
+
+    def prepare(_):
+        all_there.wait()
+        mnist.prepare(tmp_path)
+
+    monkeypatch.setattr(mnist, "SOURCES", {"a friend": fetch})
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(prepare, range(3)))
+    assert len(calls) == 1 and {path.name for path in mnist.home(tmp_path).iterdir()} == set(CONTENT)
 
 
 def test_each_source_gives_what_it_can_and_is_quoted_by_two_hundred_letters(monkeypatch, tmp_path):

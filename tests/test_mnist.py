@@ -4,10 +4,8 @@ import gzip
 import hashlib
 import http.server
 import logging
-import multiprocessing
 import threading
 import tracemalloc
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -159,26 +157,6 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot write MNIST to"):
         mnist.prepare(tmp_path / "file" / "data")
-
-
-def fetch_once(data_dir: Path, source: Path) -> int:
-    """In a process of its own: prepare the folder from a source that counts its calls; returns how often it was called."""
-    calls = []
-
-    def fetch(folder: Path) -> None:
-        calls.append(1)
-        put(folder, source)
-
-    mnist.SOURCES = {"counting": fetch}
-    mnist.prepare(data_dir)
-    return len(calls)
-
-
-def test_of_several_processes_only_one_fetches(tmp_path, data_dir):
-    with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("spawn")) as pool:
-        calls = [future.result() for future in [pool.submit(fetch_once, tmp_path, data_dir) for _ in range(3)]]
-    assert sum(calls) == 1
-    assert len(mnist.load(tmp_path, "train")[0]) == 60_000
 
 
 def test_an_archive_that_holds_more_than_memory_is_no_genuine_file(tmp_path):

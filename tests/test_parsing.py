@@ -62,19 +62,33 @@ def test_what_is_read_and_what_is_refused(read, texts):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--weights", "nobody"], ["invalid choice", "mnist", "few-step", "--help"]),
-        (["--solver", "leapfrog"], ["invalid choice", "midpoint", "--help"]),
-        (["--spacing", "even"], ["invalid choice", "log_snr", "--help"]),
-        (["--from-image", "a:1", "--from-image", "b:1"], ["given once"]),
-        (["--interpolate", 3, *["--from-image", "a:1"] * 3], ["or twice"]),
-        (["--from-image", "a:1", "--per-class", 2], ["leave out --per-class"]),
-        (["--out", "digits.jpg"], ["digits.jpg", ".png, .npz, .gif"]),
-        (["--weights", "mnist", "--checkpoint", "a.ckpt"], ["not allowed with"]),
+        ([7, "--weights", "nobody"], ["invalid choice", "mnist", "few-step", "--help"]),
+        ([7, "--weights", "mnist", "--checkpoint", "a.ckpt"], ["not allowed with"]),
+        ([7, "--interpolate", 3, *["--from-image", "a:1"] * 3], ["or twice"]),
+        (["10"], ["'10'", "0-9"]),
+        (["-1"], ["'-1'", "0-9"]),
+        (["seven"], ["'seven'", "0-9"]),
+        (["9-0"], ["'9-0'", "0-9"]),
+        ([], ["LABEL"]),
+        (["7", "--steps", "0"], ["--steps", "at least 1"]),
+        (["7", "--per-class", "0"], ["--per-class"]),
+        (["7", "--batch-size", "x"], ["--batch-size"]),
+        (["7", "--solver", "leapfrog"], ["invalid choice", "leapfrog", "midpoint"]),
+        (["7", "--guidance", "nan"], ["--guidance"]),
+        (["7", "--seed", "1.5"], ["--seed"]),
+        (["7", "--guidance-interval", "0.9-0.2"], ["0.9-0.2", "0.2-0.9"]),
+        (["7", "--spacing", "even"], ["invalid choice", "even", "uniform", "log_snr"]),
+        (["7", "--from-image", "seven.png"], ["seven.png", "FILE:0-9"]),
+        (["7", "--from-image", "test:10000"], ["test:10000", "test:0-9999"]),
+        (["7", "--from-image", "test:0", "--per-class", "2"], ["--per-class"]),
+        (["7", "--from-image", "test:0", "--from-image", "test:1"], ["--interpolate"]),
+        (["7", "--out", "digits.jpg"], ["digits.jpg", ".png"]),
     ],
+    ids=str,
 )
 def test_mistakes_are_told_before_anything_is_loaded(options, words, tmp_path, monkeypatch):
     monkeypatch.setattr("flowmatch_mnist.sampling.request.fulfil", None)
-    assert_one_line_error(run_here("sample.py", 7, *options, cwd=tmp_path), *words)
+    assert_one_line_error(run_here("sample.py", *options, cwd=tmp_path), *words)
 
 
 def test_what_goes_wrong_later_is_told_in_a_line_too(tmp_path, monkeypatch):

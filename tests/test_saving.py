@@ -119,8 +119,8 @@ def test_a_run_that_is_killed_ends_where_the_one_left_alone_does(data_dir):
     short = ["--trainer.max_steps", "50"]
     whole, seconds = resume.alone(short, data_dir)
     way = dataclasses.replace(resume.WAYS["SIGKILL"], options=short)
-    done, _, wrong = resume.kill_and_resume(way, 2, whole, seconds, data_dir, random.Random(1))
-    assert done >= 2 and not wrong
+    done, _, wrong = resume.kill_and_resume(way, 1, whole, seconds, data_dir, random.Random(1))
+    assert done >= 1 and not wrong
 
 
 @unix
@@ -323,28 +323,12 @@ def test_weights_are_refused_if_anything_in_them_has_changed(tmp_path):
 @unix
 def test_damaged_files_and_malformed_commands_get_one_line(tmp_path, data_dir, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for what, (counts, slips) in fuzz.fuzz_files(12, 1, tmp_path, data_dir.resolve()).items():
+    for what, (counts, slips) in fuzz.fuzz_files(6, 1, tmp_path, data_dir.resolve()).items():
         assert not slips, slips
         assert counts["refused"] > 0, what
-    counts, slips = fuzz.fuzz_commands(25, 1, tmp_path)
+    counts, slips = fuzz.fuzz_commands(12, 1, tmp_path)
     assert not slips, slips
-    assert counts["refused"] == 25
-
-
-def test_settings_of_saving_are_checked():
-    for wrong in ({"every_n_steps": -1}, {"every_n_minutes": -0.5}, {"every_n_minutes": float("nan")}):
-        with pytest.raises(ValueError, match="saving"):
-            SaveLast(**wrong)
-
-
-def test_the_process_ends_at_once_on_a_second_signal():
-    ended = []
-    saving = SaveLast()
-    saving._end = lambda number, frame: ended.append(number)
-    saving._hear(signal.SIGTERM, None)
-    assert not ended
-    saving._hear(signal.SIGTERM, None)
-    assert ended == [signal.SIGTERM]
+    assert counts["refused"] == 12
 
 
 @unix
