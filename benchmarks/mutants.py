@@ -36,8 +36,7 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from equivalent import EQUIVALENT
-from mutations import FILES, PACKAGE, Mutant, ignored_settings, mutants, path_of
+from mutations import EQUIVALENT, FILES, PACKAGE, Mutant, ignored_settings, mutants, path_of
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -55,7 +54,7 @@ OPTIONS = [
 SURVIVED = "survived: "
 COPY = "FLOWMATCH_MNIST_COPY"
 """A variable that tells the script that it runs in a copy of the project."""
-HEARINGS = (3.0, 20.0)
+HEARINGS = (3.0, 40.0)
 """Seconds of tests that a mutant meets at first, and, if it survives those, after that."""
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import cast
 PACKAGE = Path(__file__).resolve().parent.parent / "flowmatch_mnist"
 FILES = [".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in sorted(PACKAGE.rglob("*.py"))]
 FILES = [file for file in FILES if not file.endswith("__init__")]
+EQUIVALENT: dict[str, str] = json.loads(Path(__file__).with_name("equivalent.json").read_text())
+"""Mutants that are no mistake, by their keys, and why. They are not tried."""
 ALIKE = [
     ("alpha", "sigma"),
     ("alpha_dot", "sigma_dot"),

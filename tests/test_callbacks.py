@@ -18,6 +18,7 @@ from flowmatch_mnist.sampling.generate import Sampler, Samples, draw_noise
 from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.errors import UserError
 from flowmatch_mnist.training import config, console, ema, evaluation
+from flowmatch_mnist.training.best import KeepBest
 from flowmatch_mnist.training.config import LogConfig, hyperparameters
 from flowmatch_mnist.training.console import Bar, Description, Report
 from flowmatch_mnist.training.distributed import gather, interleave, is_first
@@ -207,6 +208,7 @@ def test_before_there_is_an_average_nothing_is_averaged(trainer, monkeypatch):
         (Evaluate, [{"samples": 2, "test_samples": 2}, {"steps": ()}, {"steps": (1,)}], [{"samples": 1}, {"test_samples": 1}]),
         (Evaluate, [{"every_n_epochs": 0, "every_n_steps": 0}], [{"steps": (0,)}, {"steps": (2, 0)}, {"every_n_steps": -1}]),
         (DrawSamples, [{"rows": 1}], [{"rows": 0}, {"every_n_epochs": -1}]),
+        (KeepBest, [{"filename": "x", "save_top_k": 0}, {"filename": "x"}, {"monitor": None}], []),
         (EMA, [{"decay": 0.0}, {"decay": 0.9999}], [{"decay": 1.0}, {"decay": -0.1}]),
     ],
 )
@@ -216,6 +218,11 @@ def test_settings_are_in_their_range(make, good, bad):
     for settings in bad:
         with pytest.raises(ValueError, match=make.__name__):
             make(**settings)
+
+
+def test_the_best_by_quality_is_told_by_the_name_of_the_figure():
+    for monitor, by_quality in ((None, False), ("loss/val", False), ("quality/recall", True)):
+        assert KeepBest(monitor=monitor, save_top_k=0 if monitor is None else 1).by_quality == by_quality
 
 
 def test_predictions_are_written_when_all_are_there():

@@ -22,6 +22,16 @@ def test_labels_are_dropped_one_by_one_and_as_often_as_asked():
 def test_the_ends_of_label_dropout(probability, expected):
     dropped = drop_labels(torch.zeros(100, dtype=torch.long), probability, 10, torch.rand(100))
     assert (dropped == 10).double().mean() == expected
+    (least,) = drop_labels(torch.zeros(1, dtype=torch.long), probability, 10, torch.zeros(1)).tolist()
+    assert (least == 10) == expected, "dice may show 0, and never 1"
+
+
+def test_a_time_is_spread_over_the_samples_without_a_wait():
+    time = torch.tensor(0.3)
+    for device, stride in (("cpu", 0), ("meta", 1)):
+        spread = Guided._spread(time, torch.zeros(3, 2, device=device))
+        # Where both are on one device it is one number seen three times; for another it is filled in as a number.
+        assert spread.shape == (3,) and spread.device.type == device and spread.stride() == (stride,)
 
 
 def test_guidance_is_the_line_through_both_predictions(tiny_net):

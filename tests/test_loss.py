@@ -81,6 +81,15 @@ def test_the_loss_that_is_named_is_taken(name):
     torch.testing.assert_close(FlowLoss(loss=name, label_dropout=0)(net, x0, x1, y, t), expected)
 
 
+def test_huber_is_of_the_sample_and_charbonnier_of_each_pixel_and_both_bend_at_a_hundredth():
+    error = torch.tensor([[0.03, 0.04]])
+    size, c = (0.0025 / 2) ** 0.5, 0.01
+    assert reduce(error, "huber").item() == pytest.approx((size**2 + c**2) ** 0.5 - c)
+    pixels = [(e**2 + c**2) ** 0.5 - c for e in (0.03, 0.04)]
+    assert reduce(error, "charbonnier").item() == pytest.approx(sum(pixels) / 2)
+    assert FlowLoss().label_dropout == 0.1
+
+
 @pytest.mark.parametrize("name", WEIGHTINGS)
 @pytest.mark.parametrize("density", [Uniform(), LogitNormal(-0.5)])
 def test_a_weighting_multiplies_the_loss_by_its_weight_under_the_density(name, density):
@@ -118,7 +127,12 @@ def test_mean_velocities_are_learned_where_they_are_asked_for():
     loss = FlowLoss(mean_flow=mean_flow, loss="huber", label_dropout=0)
     path = PATHS["linear"]
     error = mean_flow.error(net, path.point(x0, x1, t), x1 - x0, t, y, mean_flow.ends(t, u))
-    found = loss(net, x0, x1, y, t, lambda what, *shape: {"labels": torch.rand(shape), "spans": u}[what])
+
+    def uniform(what, *shape):
+        assert shape == {"labels": (20,), "spans": (20, 2)}[what]
+        return {"labels": torch.rand(shape), "spans": u}[what]
+
+    found = loss(net, x0, x1, y, t, uniform)
     torch.testing.assert_close(found, reduce(error, "huber"))
     assert not torch.allclose(found, FlowLoss(loss="huber", label_dropout=0)(net, x0, x1, y, t))
 

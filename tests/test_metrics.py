@@ -1,11 +1,13 @@
 """The evaluator: each measure against a closed form or a case whose answer is known, and the whole on real digits."""
 
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from conftest import assert_one_line_error, run_here
 
 import flowmatch_mnist.digitnet as train_digitnet
 from flowmatch_mnist.evaluation import digitnet
@@ -240,6 +242,11 @@ def test_without_options_digitnet_is_trained_for_the_package(monkeypatch, capsys
     monkeypatch.setattr("sys.argv", ["digitnet"])
     train_digitnet.main()
     assert asked == [(12, 0)] and written == [digitnet.WEIGHTS] and prepared == [Path("data")]
+
+
+def test_data_that_cannot_be_had_are_told_in_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(mnist, "prepare", mock.Mock(side_effect=UserError("no digits here")))
+    assert_one_line_error(run_here("flowmatch_mnist/digitnet.py", cwd=tmp_path), "no digits here")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no safetensors", "cut"])

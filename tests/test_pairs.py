@@ -89,6 +89,8 @@ def test_a_process_gets_its_share_of_the_global_batchs_noise(grey_digits):
     whole = torch.randn(40, 1, 28, 28, generator=streams.generator("cpu", 5, "noise", 9))
     for rank in (0, 1):
         assert torch.equal(at_work(data, rank).on_after_batch_transfer(batch, 0)[0], whole[rank::2])
+        even = torch.rand(8, 3, generator=streams.generator("cpu", 5, "kind", 9))
+        assert torch.equal(streams.Place(9, rank, 2).uniform((4, 3), torch.device("cpu"), 5, "kind"), even[rank::2])
 
 
 def test_splits_are_read_once_and_when_they_are_needed(monkeypatch, grey_digits):
@@ -106,7 +108,8 @@ def test_splits_are_read_once_and_when_they_are_needed(monkeypatch, grey_digits)
     assert [len(data.splits[split]) for split in ("train", "val", "test")] == [2, 3, 3]
     noisy = MNISTDataModule(val_size=100, dequantize=True)
     noisy.setup("test")
-    assert torch.equal(noisy.splits["val"][2], noisy.fixed_noise("val", 100))
+    for split, count in (("val", 100), ("test", 600)):
+        assert torch.equal(noisy.splits[split][2], noisy.fixed_noise(split, count))
     assert torch.equal(noisy.splits["test"][3], dequantization(0, range(600), (28, 28)))
 
 
@@ -176,7 +179,7 @@ def damaged(**changes):
     ids=str,
 )
 def test_what_is_no_pairs_is_seen(changes):
-    assert fits(damaged(), (2,), 10)
+    assert fits(damaged(), (2,), 10) and fits({name: value[:1] for name, value in damaged().items()}, (2,), 10)
     assert not fits(damaged(**changes), (2,), 10)
 
 

@@ -33,6 +33,8 @@ def test_the_logit_is_that_of_the_paper():
     u = torch.rand(256).double()
     p = 0.05 + 0.9 * (LEVELS + u) / 256
     torch.testing.assert_close(LogitPixels(0.05, 2.0).forward(LEVELS, u), torch.logit(p) / 2)
+    assert torch.equal(LogitPixels(0.2, 2.0).inverse(LogitPixels(0.2, 2.0).forward(LEVELS, u)), LEVELS)
+    assert PIXELS["logit"].alpha == 1e-6
     # Black and white lie where the docstring says.
     u = torch.rand(100_000).double()
     black, white = (PIXELS["logit"].forward(torch.full((100_000,), v, dtype=torch.uint8), u) for v in (0, 255))

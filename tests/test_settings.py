@@ -7,8 +7,7 @@ that fails.
 import json
 from pathlib import Path
 
-from equivalent import EQUIVALENT
-from mutations import FILES, ignored_settings
+from mutations import EQUIVALENT, FILES, ignored_settings
 
 TESTS = Path(__file__).parent
 

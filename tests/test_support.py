@@ -102,6 +102,20 @@ def test_of_a_checkpoint_that_could_not_be_read_the_part_is_named(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["good.ckpt"]
 
 
+def test_a_checkpoint_in_which_a_bit_has_changed_is_refused(tmp_path, monkeypatch):
+    save_checkpoint(path := tmp_path / "some.ckpt", {"x": torch.arange(100)})
+    asked = mock.Mock(side_effect=torch.load)
+    monkeypatch.setattr(torch, "load", asked)
+    load_checkpoint(path)
+    save_checkpoint(tmp_path / "other.ckpt", {"x": 1})
+    assert [call.kwargs for call in asked.call_args_list] == [{"map_location": "cpu", "weights_only": True}] * 2
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.arange(100).numpy().tobytes()) + 50] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"its part .*has changed"):
+        load_checkpoint(path)
+
+
 def test_the_weights_in_the_package_are_there():
     assert list(PRETRAINED) == ["mnist", "few-step", "one-step"]
     for name, path in PRETRAINED.items():

@@ -1,5 +1,7 @@
 """From files to networks: what is refused, what fits, and how a network comes out."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from flowmatch_mnist.networks.unet import UNet
 from flowmatch_mnist.sampling import likelihood
 from flowmatch_mnist.sampling.generate import Flow, Sampler
 from flowmatch_mnist.sampling.units import UNITS
-from flowmatch_mnist.sampling.weights import KEY, load, load_teacher, read_checkpoint, save, warm_start
+from flowmatch_mnist.sampling.weights import KEY, load, load_digits, load_teacher, read_checkpoint, save, warm_start
 from flowmatch_mnist.support.errors import UserError
 from flowmatch_mnist.support.files import save_checkpoint
 
@@ -57,7 +59,15 @@ def test_a_network_comes_ready_to_sample(tmp_path):
 
 
 def test_units_are_called_by_their_names():
+    assert torch.equal(UNITS["plane"].encode(torch.ones(1, 2)), torch.full((1, 2), 0.5))
     assert {name: units.name for name, units in UNITS.items()} == {name: name for name in ("linear", "logit", "plane")}
+
+
+def test_digits_are_drawn_by_networks_of_ten_classes_of_their_size(tmp_path):
+    for name, net in (("five", UNet(**SMALL, classes=5)), ("large", UNet(**SMALL, image_size=32)), ("digits", UNet(**SMALL))):
+        save(path := tmp_path / f"{name}.safetensors", Flow(net), Sampler(), {})
+        with contextlib.nullcontext() if name == "digits" else pytest.raises(UserError, match="draws no digits"):
+            assert load_digits(path, "cpu")[0] == path
 
 
 def test_labels_are_of_any_integers_and_within_the_classes():
