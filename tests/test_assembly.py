@@ -12,6 +12,7 @@ from conftest import TINY, assert_one_line_error, run_here
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from flowmatch_mnist.networks.unet import UNet
 from flowmatch_mnist.sampling.generate import Flow, Sampler
@@ -129,6 +130,37 @@ def test_a_quick_look_keeps_nothing(assemble, tmp_path):
     assert not list(tmp_path.rglob("version_*"))
 
 
+def test_a_name_is_a_text_and_a_seed_a_number(assemble):
+    made = assemble("--name", "007", "--seed_everything", "true")
+    assert str(made.trainer.callbacks[0].path) == "runs/007/version_0"
+    assert type(made.model.seed) is int and type(made.data.seed) is int
+
+
+def test_the_optimizer_is_a_setting_of_the_module_alone(assemble):
+    assert_one_line_error(assemble("--optimizer", "SGD").done, "unrecognized arguments: --optimizer SGD")
+
+
+def test_whose_mistake_an_error_is():
+    assert not cli.raised_by_lightning(ValueError())
+    with pytest.raises(ValueError, match="own") as own:
+        raise ValueError("own")
+    assert not cli.raised_by_lightning(own.value)
+    with pytest.raises(MisconfigurationException) as theirs:
+        Trainer(max_epochs=-5)
+    assert cli.raised_by_lightning(theirs.value)
+
+
+@pytest.mark.parametrize(("processes", "lines"), [(1, 1), (2, 2)])
+def test_several_processes_are_told_what_they_take_together(processes, lines, capsys):
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    trainer = SimpleNamespace(world_size=processes, strategy=strategy, precision="32-true")
+    model = SimpleNamespace(net=None, parameters=lambda: [torch.zeros(10_000)])
+    cli.CLI.announce(SimpleNamespace(trainer=trainer, model=model, folder=None, datamodule=SimpleNamespace(batch_size=9)))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"training NoneType (0.01 M parameters) on {processes} x cpu in 32-true, into no folder"
+    assert len(said) == lines and (lines == 1 or "9 samples each, 18 a step; for the steps of one process set" in said[1])
+
+
 def test_two_processes_are_told_what_they_take_together(assemble):
     said = assemble("--trainer.devices", 2, "--trainer.accelerator", "cpu", "--trainer.strategy", "ddp").done.stdout
     assert "on 2 x cpu" in said and "2 processes take 16 samples each, 32 a step" in said
@@ -146,7 +178,6 @@ def test_two_processes_are_told_what_they_take_together(assemble):
         (["--trainer.max_epochs", "-5"], "max_epochs"),
         (["--data.batch_size", "0"], "at least 1"),
         (["--data.batch_size", "x"], "see `python train.py fit --help`"),
-        (["--optimizer", "SGD"], "see `python train.py fit --help`"),
     ],
 )
 def test_a_mistake_leaves_no_folder(assemble, tmp_path, arguments, words):
@@ -224,12 +255,16 @@ def test_other_commands_write_beside_the_run(assemble, tmp_path, command, config
         ({"path": "vp"}, "path vp"),
         ({"prediction": "noise"}, "prediction noise"),
         ({"units": "logit"}, "units logit"),
-        ({"arguments": "none"}, "arguments none"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused(assemble, tmp_path, changes, words):
     keep(tmp_path / "runs/tiny/version_4", **changes)
     assert_one_line_error(assemble("--ckpt_path", "last").done, f"holds a model with {words}")
+
+
+def test_an_older_checkpoint_may_say_less_of_its_model_but_no_nonsense(assemble, tmp_path):
+    keep(tmp_path / "runs/tiny/version_4", arguments="none")
+    assert_one_line_error(assemble("--ckpt_path", "last").done, "holds a model with arguments none")
     older = {key: value for key, value in Flow(UNet(**NET)).net.arguments.items() if key != "groups"}
     keep(tmp_path / "runs/tiny/version_5", arguments=older)
     assert assemble("--ckpt_path", "last").done.returncode == 0, "what an older file does not mention is as by default"
