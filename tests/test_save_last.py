@@ -45,7 +45,8 @@ def trainer(tmp_path):
 def around(monkeypatch):
     """What surrounds a `SaveLast`: the clock, SLURM's signal, and whether validation follows."""
     around = SimpleNamespace(now=0.0, slurm=None, validates=False, handlers={}, marked=[], unmarked=[])
-    around.notifier, around.next_epoch = mock.Mock(), mock.Mock()
+    around.notifier, around.next_epoch, around.flush = mock.Mock(), mock.Mock(), mock.Mock()
+    monkeypatch.setattr(saving, "flush", around.flush)
     monkeypatch.setattr(saving.time, "monotonic", lambda: around.now)
     monkeypatch.setattr(saving, "validation_follows", lambda trainer: around.validates)
     monkeypatch.setattr(saving, "take_over_requeueing", lambda trainer: around.slurm)
@@ -81,6 +82,7 @@ def test_it_saves_every_so_many_steps_but_leaves_it_to_validation_and_the_epochs
     save = begun(trainer, every_n_steps=3)
     assert [step(save, trainer) for _ in range(6)] == [False, False, True, False, False, True]
     trainer.save_checkpoint.assert_called_with(tmp_path / "checkpoints/last.ckpt")
+    around.flush.assert_called_with(trainer)
     assert MODULE.gradients.require_finite.called
     step(save, trainer), step(save, trainer)
     around.validates = True
@@ -106,6 +108,7 @@ def test_it_saves_by_the_clock_and_not_where_it_is_told_not_to(trainer, around):
         for now in (1060.0, 1119.9, 1120.0, 1230.0, 1240.0):
             around.now = now
             found.append(step(save, trainer))
+            save.on_train_batch_start(trainer, MODULE, None, 0)  # which goes on: it was only time to save
         assert found == due
     for settings in ({"every_n_steps": -1}, {"every_n_minutes": -0.5}, {"every_n_minutes": float("nan")}):
         with pytest.raises(ValueError, match="at least 0"):
@@ -125,12 +128,20 @@ def test_nothing_is_saved_in_the_middle_of_a_step_of_several_batches(trainer, ar
     assert not trainer.should_stop, "a stop waits until the step is over"
     step(save, trainer)
     assert trainer.should_stop
+    trainer.should_stop = False
     step(save, trainer)
-    assert trainer.should_stop
+    assert not trainer.should_stop, "it was told once"
+
+
+def test_a_validation_in_the_middle_of_a_step_has_it_saved_at_its_end(trainer, around):
+    save = begun(trainer)
+    assert not step(save, trainer, move=False)
+    save.on_validation_end(trainer, MODULE)
+    assert not trainer.save_checkpoint.called and step(save, trainer)
 
 
 def test_a_run_that_goes_on_does_not_take_its_first_step_for_a_part_of_one(trainer, around):
-    trainer.global_step = 6
+    trainer.global_step, trainer.current_epoch = 6, 7
     save = begun(trainer, every_n_steps=7)
     around.next_epoch.assert_called_once_with(trainer)
     assert step(save, trainer)
@@ -181,6 +192,13 @@ def test_a_run_stopped_after_a_validation_in_mid_epoch_is_not_saved_twice(traine
     trainer.is_last_batch = True
     save.on_train_epoch_end(trainer, MODULE)
     assert trainer.save_checkpoint.call_count == 3, "at an epoch's end in any case: it counts the epoch"
+
+
+def test_a_run_stopped_after_its_first_step_is_saved(trainer, around):
+    save = begun(trainer)
+    assert not step(save, trainer)
+    save.on_train_epoch_end(trainer, MODULE)
+    assert trainer.save_checkpoint.call_count == 1
 
 
 @pytest.mark.parametrize("changes", [{"sanity_checking": True}, {"state": SimpleNamespace(fn="validate")}])
@@ -303,6 +321,7 @@ def test_a_stopped_run_stays_stopped_and_leftovers_are_cleared_away(trainer, aro
         (False, {"started": 3, "processed": 3, "completed": 3}, {"started": 3, "processed": 2, "completed": 2}),
         (False, {"started": 3, "processed": 3, "completed": 2}, {"started": 3, "processed": 2, "completed": 2}),
         (False, {"started": 3, "processed": 2, "completed": 2}, {"started": 3, "processed": 2, "completed": 2}),
+        (False, {"started": 1, "processed": 1, "completed": 1}, {"started": 1, "processed": 0, "completed": 0}),
         (False, {"started": 0, "processed": 0, "completed": 0}, {"started": 0, "processed": 0, "completed": 0}),
         (True, {"started": 3, "processed": 3, "completed": 3}, {"started": 3, "processed": 3, "completed": 3}),
     ],
@@ -331,3 +350,17 @@ def test_why_a_run_ends_is_said_once(trainer, around, tmp_path, capsys):
     trainer.is_global_zero = False
     save.on_fit_end(trainer, MODULE)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_at_once_means_with_all_processes_and_a_word(trainer, monkeypatch, first):
+    written, ended = [], mock.Mock()
+    monkeypatch.setattr(saving, "write", lambda file, text: written.append((file, text.decode())))
+    monkeypatch.setattr(saving, "_exit", ended)
+    trainer.is_global_zero = first
+    saving.end_together(trainer)(signal.SIGTERM, None)
+    assert written == [(2, "stopped by SIGTERM at once; what was saved before stays\n")] * first
+    trainer.strategy.launcher.kill.assert_called_once_with(signal.SIGTERM)
+    trainer.strategy.launcher = None
+    saving.end_together(trainer)(signal.SIGTERM, None)
+    assert ended.call_args_list == [mock.call(128 + signal.SIGTERM)] * 2
