@@ -1,6 +1,7 @@
 """Callbacks by themselves: what each does when it is called, with a trainer that only stands there."""
 
 import json
+import math
 from types import SimpleNamespace
 from unittest import mock
 
@@ -29,7 +30,7 @@ from flowmatch_mnist.training.folder import RunFolder
 from flowmatch_mnist.training.gradients import GradientWatch
 from flowmatch_mnist.training.options import as_list, check_options
 from flowmatch_mnist.training.periodic import Periodic
-from flowmatch_mnist.training.steps import is_logged, last_step
+from flowmatch_mnist.training.steps import is_logged, last_step, learning_rate_factor
 from flowmatch_mnist.training.stopping import is_stopping, reason
 
 BATCH = (torch.zeros(3, 2), torch.zeros(5), torch.zeros(8))
@@ -433,6 +434,17 @@ def test_a_run_stops_when_it_is_asked_and_has_done_the_least(trainer, least, sto
     for asked in (True, False):
         trainer.should_stop = asked
         assert is_stopping(trainer) == (stops and asked)
+
+
+def test_the_learning_rate_rises_to_one_and_falls_to_nothing():
+    def factors(decay, *steps, total=10):
+        return [learning_rate_factor(step, 4, total, decay) for step in steps]
+
+    for decay, halfway in (("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)):
+        end = float(decay == "constant")
+        assert factors(decay, 0, 3, 4, 7, 10, 13) == pytest.approx([0.2, 0.8, 1, halfway, end, end])
+    assert factors("cosine", 6) == pytest.approx([(1 + math.cos(math.pi / 3)) / 2])
+    assert factors("linear", 5, total=4) == [0], "a run that is all warm-up"
 
 
 def test_steps_are_logged_every_so_often_and_counted_from_0(trainer):
