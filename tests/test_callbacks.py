@@ -434,6 +434,8 @@ def test_a_run_stops_when_it_is_asked_and_has_done_the_least(trainer, least, sto
     for asked in (True, False):
         trainer.should_stop = asked
         assert is_stopping(trainer) == (stops and asked)
+    trainer.should_stop, trainer.current_epoch, trainer.global_step = True, 0, 0
+    assert is_stopping(trainer) == (not any(least)), "even before the first step"
 
 
 def test_the_learning_rate_rises_to_one_and_falls_to_nothing():
