@@ -211,6 +211,8 @@ def two_nodes(*arguments, cwd):
 
 def test_two_nodes_share_the_steps_that_one_process_would_take(tmp_path, data_dir, monkeypatch):
     common = ("--config", TINY, "--data.data_dir", data_dir, "--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
+    # Adam divides by the size of a gradient, and makes large what rounding changes in a small one. SGD does not.
+    common += ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", 0.1)
     done, other = two_nodes(ROOT / "tests/two_ranks.py", *common, cwd=tmp_path)
     assert done.returncode == 0 and other.returncode == 0, done.stdout + done.stderr + other.stderr
     assert not other.stdout
@@ -238,7 +240,7 @@ def test_two_nodes_share_the_steps_that_one_process_would_take(tmp_path, data_di
             for a, b in zip(whole, share, strict=True):
                 assert torch.equal(a[rank::2], b)
     for a, b in zip(alone["weights"], ranks[0]["weights"], strict=True):
-        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
     assert alone["val"] == pytest.approx(ranks[0]["val"], abs=1e-5)
 
 
