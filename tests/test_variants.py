@@ -27,6 +27,7 @@ VARIANTS = {
         "--model.sampler.solver",
         "average",
     ],
+    "taught": ["--model.net.spans", "true", "--model.mean_flow.teacher", "few-step", "--model.mean_flow.guidance", 1.5],
     "guided": ["--model.sampler.guidance", 2, "--model.sampler.guidance_interval", "[0.2,0.8]", "--model.net.dropout", 0.2],
 }
 
