@@ -149,9 +149,10 @@ def test_every_class_that_an_older_config_can_name_is_found(name):
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "test"])
-def test_validate_and_test_need_only_the_checkpoint(tiny_run, subcommand):
+def test_validate_and_test_need_only_the_checkpoint(tiny_run, tmp_path, subcommand):
+    shutil.copytree(tiny_run / "runs", tmp_path / "runs")
     few = [f"--trainer.limit_{'val' if subcommand == 'validate' else 'test'}_batches", 2]
-    done = run_here("train.py", subcommand, "--ckpt_path", "runs/tiny/version_0/checkpoints/last.ckpt", *few, cwd=tiny_run)
+    done = run_here("train.py", subcommand, "--ckpt_path", "runs/tiny/version_0/checkpoints/last.ckpt", *few, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
     split = {"validate": "val", "test": "test"}[subcommand]
     assert f"\nloss/{split} " in done.stdout and "\nFrechet distance " in done.stdout
@@ -159,14 +160,14 @@ def test_validate_and_test_need_only_the_checkpoint(tiny_run, subcommand):
         f"40 samples of 10 classes in turn, midpoint, 2 steps, guidance 1 (NFE 4), seed 0; beside the {split} split"
         in done.stdout
     )
-    report = json.loads((tiny_run / "runs/tiny/version_0/checkpoints/metrics.json").read_text())
+    report = json.loads((tmp_path / "runs/tiny/version_0/checkpoints/metrics.json").read_text())
     assert report["checkpoint"] == "last.ckpt" and report["split"] == split
     assert report["samples"] == 40 and report["evaluations"] == 4 and report["sampler"]["solver"] == "midpoint"
     assert [(point["steps"], point["evaluations"]) for point in report["by steps"]] == [(1, 2), (3, 6)]
     assert "\n20 samples by 2 evaluations: label accuracy " in done.stdout and "\nand by 6 evaluations: " in done.stdout
     assert report["figures"]["label accuracy"]["real data"] > 0.99
     assert report["figures"]["Frechet distance"]["samples"] > report["figures"]["Frechet distance"]["real data"]
-    assert sorted(path.name for path in (tiny_run / "runs/tiny").iterdir()) == ["version_0"]
+    assert sorted(path.name for path in (tmp_path / "runs/tiny").iterdir()) == ["version_0"]
 
 
 def test_two_processes_measure_what_one_does(tiny_run, tmp_path):
@@ -185,13 +186,14 @@ def test_two_processes_measure_what_one_does(tiny_run, tmp_path):
 
 
 def test_predict_writes_the_digits_that_sample_draws(tiny_run, tmp_path):
-    done = run_here("train.py", "predict", "--ckpt_path", "best", "--data.predict_per_class", 2, cwd=tiny_run)
+    shutil.copytree(tiny_run / "runs", tmp_path / "runs")
+    done = run_here("train.py", "predict", "--ckpt_path", "best", "--data.predict_per_class", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    predicted = np.load(tiny_run / "runs/tiny/version_0/predictions.npz")
+    predicted = np.load(tmp_path / "runs/tiny/version_0/predictions.npz")
     out = tmp_path / "sampled.npz"
     best = "runs/tiny/version_0/checkpoints/best.ckpt"
     arguments = ["0-9", "--per-class", 2, "--checkpoint", best, "--steps", 2, "--out", out]
-    assert run_here("sample.py", *arguments, cwd=tiny_run).returncode == 0
+    assert run_here("sample.py", *arguments, cwd=tmp_path).returncode == 0
     sampled = np.load(out)
     assert (predicted["labels"] == sampled["labels"]).all()
     assert abs(predicted["images"].astype(int) - sampled["images"]).max() <= 1
