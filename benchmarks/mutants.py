@@ -221,8 +221,9 @@ def main() -> None:
     table: dict[str, str] = json.loads(SETTINGS.read_text()) if options.settings and SETTINGS.exists() else {}
     table = {key: test for key, test in table.items() if exists(test)}
     found = [mutant for file in options.files or FILES for mutant in kind(file) if mutant.key not in table]
-    every = [mutant for mutant in found if mutant.key not in EQUIVALENT][:: options.share]
-    every = [mutant for mutant in every if not options.again or mutant.key in survivors]
+    found = [mutant for mutant in found if not options.again or mutant.key in survivors]
+    mistakes = [mutant for mutant in found if mutant.key not in EQUIVALENT]
+    every = mistakes[:: options.share]
     court = Court(known)
     gc.freeze()
     counts, alive = Counter(mutant.file for mutant in every), Counter[str]()
@@ -240,7 +241,7 @@ def main() -> None:
         counted.add_row(file, str(count), str(alive[file]))
     Console().print(counted)
     share = alive.total() / max(1, len(every))
-    print(f"{len(every)} mutants, {alive.total()} survived ({share:.1%}); {len(found) - len(every)} others are no mistake")
+    print(f"{len(every)} mutants, {alive.total()} survived ({share:.1%}); {len(found) - len(mistakes)} others are no mistake")
     raise SystemExit(int(share > 0.03))
 
 

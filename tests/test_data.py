@@ -1,9 +1,8 @@
 """The data module: what a batch is, who sees which digit, and that noise is a function of (seed, step, rank)."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
+from test_pairs import at_work
 
 from flowmatch_mnist.data.batches import Batches
 from flowmatch_mnist.data.digits import MNISTDataModule
@@ -13,19 +12,7 @@ def data_module(data_dir, rank=0, world_size=1, step=0, seed=0, epoch=0, **setti
     """A data module set up for training, in a process that stands where we say it does."""
     data = MNISTDataModule(str(data_dir), batch_size=8, val_size=100, seed=seed, **settings)
     data.setup("fit")
-    progress = SimpleNamespace(total=SimpleNamespace(processed=step))
-    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
-    data.trainer = SimpleNamespace(
-        overfit_batches=0,
-        global_rank=rank,
-        world_size=world_size,
-        fit_loop=loop,
-        current_epoch=epoch,
-        predicting=False,
-        training=True,
-        strategy=SimpleNamespace(root_device=torch.device("cpu")),
-    )
-    return data
+    return at_work(data, rank, world_size, epoch, step)
 
 
 def pairs(data, index=0):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_reflow import Known
 
-from flowmatch_mnist.data import digits, reflow
+from flowmatch_mnist.data import reflow
 from flowmatch_mnist.data.curve import CurveDataModule
 from flowmatch_mnist.data.digits import IDXDataModule, MNISTDataModule
 from flowmatch_mnist.data.reflow import ReflowDataModule, fits
@@ -209,4 +209,4 @@ def test_the_teachers_data_are_prepared_too_and_pairs_are_read_once(monkeypatch)
 
 def test_without_dequantisation_nothing_is_drawn_for_it():
     assert not CurveDataModule().dequantize and not MNISTDataModule().dequantize
-    assert digits.MNISTDataModule(dequantize=True).dequantize
+    assert MNISTDataModule(dequantize=True).dequantize
