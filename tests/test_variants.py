@@ -1,13 +1,18 @@
 """Each variant from end to end, tiny: trained, stopped, resumed to the bit, and drawn; some inverted, measured and exported."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY, run_here
+from conftest import ROOT, TINY, run_here
 from test_runs import last
 
+from flowmatch_mnist.data.curve import LENGTH, Curve
+from flowmatch_mnist.data.reflow import load_pairs
 from flowmatch_mnist.images import mnist
+from flowmatch_mnist.sampling.units import UNITS
 from flowmatch_mnist.sampling.weights import load
 
 LAST = "runs/tiny/version_0/checkpoints/last.ckpt"
@@ -28,6 +33,8 @@ VARIANTS = {
         "average",
     ],
     "taught": ["--model.net.spans", "true", "--model.mean_flow.teacher", "few-step", "--model.mean_flow.guidance", 1.5],
+    "no logger": ["--trainer.logger", "false"],
+    "another logger": ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs"],
     "guided": ["--model.sampler.guidance", 2, "--model.sampler.guidance_interval", "[0.2,0.8]", "--model.net.dropout", 0.2],
 }
 
@@ -90,3 +97,30 @@ def test_a_variant_from_end_to_end(tmp_path, few_digits, variant):
         exported = torch.export.load(whole / "digits.pt2").module()(noise, torch.tensor([1, 2, 3]))
         *_, state = flow.states(flow.guided(torch.tensor([1, 2, 3]), sampler), noise, sampler)
         assert (exported.int() - flow.units.decode(state).int()).abs().max() <= 1
+
+
+def test_reflow_of_a_teacher_with_labels_from_end_to_end(tmp_path):
+    """Ten parts of a curve: teacher, pairs, student stopped and resumed. Each point has its label all the way."""
+    fast = ["--sampling.every_n_epochs", 0, "--evaluation.every_n_epochs", 0, "--evaluation.test_samples", 500]
+    fast += ["--trainer.check_val_every_n_epoch", 1, "--model.warmup_steps", 10, "--evaluation.samples", 100]
+    teacher = ["--config", ROOT / "configs/toy_prompted.yaml", "--data.samples", 10_000, "--data.batch_size", 100]
+    command(tmp_path, "train.py", "fit", *teacher, *fast, "--trainer.max_epochs", 5)
+    command(tmp_path, "flowmatch_mnist/reflow.py", "--pairs", 2500, "--steps", 8, "--out", "pairs")
+
+    pairs = load_pairs(tmp_path / "pairs", (2,), 10)
+    points = UNITS["plane"].decode(pairs["x1"].float())
+    meant = Curve(10).segment(points[:, 0].clamp(0, LENGTH)) == pairs["y"]
+    assert set(pairs["y"].tolist()) == set(range(10)) and meant.double().mean() > 0.8
+
+    student = ["--config", ROOT / "configs/toy_reflow.yaml", "--model.net.classes", 10, "--data.real.prompted", "true"]
+    student += ["--data.pairs", "pairs", "--data.batch_size", 100, "--data.val_size", 100, *fast, "--trainer.max_epochs", 10]
+    for name, stop in (("whole", []), ("parts", ["--trainer.callbacks", "test_runs.Stop", "--trainer.callbacks.step", 65])):
+        command(tmp_path, "train.py", "fit", *student, "--name", name, *stop)
+    command(tmp_path, "train.py", "fit", *student, "--name", "parts", "--ckpt_path", "last")
+    alone, resumed = (last(tmp_path, f"runs/{name}/version_0")["state_dict"] for name in ("whole", "parts"))
+    assert all(torch.equal(value, resumed[name]) for name, value in alone.items())
+
+    table = command(tmp_path, "train.py", "test", "--ckpt_path", "runs/whole/version_0/checkpoints/last.ckpt")
+    assert "500 samples of 10 classes in turn" in table
+    figures = json.loads((tmp_path / "runs/whole/version_0/checkpoints/metrics.json").read_text())["figures"]
+    assert figures["on its segment"]["samples"] > 0.7
