@@ -251,6 +251,7 @@ ASSUMPTIONS = {
     "data/reflow.py": {"tolist": 1},  # numbers made on the CPU
     "evaluation/metrics.py": {"item": 7, "tolist": 2, "double": 3},  # features and distances are brought to the CPU
     "flow/couplings.py": {"numpy": 1},  # SciPy assigns on the CPU; a GPU is waited for, once a batch
+    "flow/exact.py": {"tolist": 1, "type": 2, "nonzero": 1},  # when it is made; class by class on a processor alone
     "flow/guidance.py": {"item": 1},  # of a time on the CPU
     "flow/meanflow.py": {"type": 1},  # autocast wants the device's name
     "flow/solvers.py": {"float64": 2, "tolist": 2},  # times on the CPU; one check for a solve
@@ -266,7 +267,7 @@ ASSUMPTIONS = {
     "training/evaluation.py": {"item": 1, "tolist": 1},
     "training/gradients.py": {"item": 3, "tolist": 1, "type": 1},  # to skip a step; in a logged step
     "training/muon.py": {"type": 1},  # few operations for a processor, few launches for a GPU
-    "training/module.py": {"tolist": 2, "type": 1, "nonzero": 1},  # on the CPU; in a logged step; generators to seed
+    "training/module.py": {"tolist": 2, "type": 1, "nonzero": 2},  # on the CPU; in a logged step; generators to seed
     "training/saving.py": {"item": 1},  # in a logged step, with several processes
     "training/tensorboard.py": {"numpy": 1},  # pictures are on the CPU
 }

@@ -21,6 +21,7 @@ HOUSE = {
         "weighting",
         "couplings",
         "guidance",
+        "exact",
         "meanflow",
         "loss",
         "solvers",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowmatch_mnist.data.batches import Batches
 from flowmatch_mnist.evaluation.problems import Labelled, Problem
-from flowmatch_mnist.flow.couplings import COUPLINGS, CouplingName
+from flowmatch_mnist.flow.couplings import COUPLINGS, CouplingName, independent
 from flowmatch_mnist.flow.paths import PathName
 from flowmatch_mnist.sampling.generate import draw_noise
 from flowmatch_mnist.support import streams
@@ -91,6 +91,16 @@ class PairsDataModule(LightningDataModule):
         """The real data and labels of a split, in their units: what samples are scored beside."""
         data, labels, *_ = self.splits[split]
         return data, labels
+
+    def training_set(self) -> tuple[Tensor, Tensor] | None:
+        """The x1 (N, *shape) and labels (N,) that training draws from, each alike likely, whatever the noise: see `flow.exact`.
+
+        None where it is not so: where noise goes with data (a coupling, a teacher's pairs), or data get noise of their own.
+        """
+        if self.path is not None or self.dequantize or self.couple is not independent:
+            return None
+        data, labels, *_ = self.splits["train"]
+        return self.encode(data), labels
 
     def fixed_noise(self, split: str, samples: int) -> Tensor:
         """The noise of an evaluation, the same in every epoch and run: float32 (samples, *shape)."""

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flowmatch_mnist.flow.exact import ExactField
 from flowmatch_mnist.flow.guidance import drop_labels
 from flowmatch_mnist.flow.meanflow import MeanFlow
 from flowmatch_mnist.flow.paths import PATHS, PathName
@@ -42,9 +43,14 @@ class FlowLoss:
         loss: squared, huber or charbonnier, see `reduce`; validation's is always squared.
         mean_flow: how to learn mean velocities too, for sampling in one step; by default they are not learned.
         label_dropout: probability that a sample is trained without its label, in [0, 1]; guidance needs some.
+        exact_until: until which t, in [0, 1), the target of a sample with a label is the exact one, see `exact`, in place of
+            its own, which scatters around it. 0 is nowhere. Whoever trains hands over the field as `exact_field`.
+
+    Attributes:
+        exact_field: of the training data; needed if `exact_until` is above 0.
 
     Raises:
-        ValueError: if `label_dropout` is out of its range, or mean velocities are asked of another path or prediction.
+        ValueError: if a number is out of its range, or mean velocities are asked of another path or prediction.
     """
 
     path: PathName = "linear"
@@ -54,13 +60,17 @@ class FlowLoss:
     loss: LossName = "squared"
     mean_flow: MeanFlow | None = None
     label_dropout: float = 0.1
+    exact_until: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"label_dropout must lie in [0, 1], got {self.label_dropout}")
+        if not 0 <= self.exact_until < 1:
+            raise ValueError(f"exact_until must lie in [0, 1), got {self.exact_until}")
         if self.mean_flow and (self.path, self.prediction) != ("linear", "velocity"):
             raise ValueError("mean velocities need the linear path, and prediction velocity")
         self.density: TimeDensity = self.times or LogitNormal()
+        self.exact_field: ExactField | None = None
 
     def __call__(
         self, net: Network, x0: Tensor, x1: Tensor, y: Tensor, t: Tensor, uniform: Callable[..., Tensor] | None = None
@@ -71,6 +81,8 @@ class FlowLoss:
         """
         draw = uniform or (lambda what, *shape: torch.rand(shape, device=t.device))
         y = drop_labels(y, self.label_dropout, net.no_label, draw("labels", len(y)))
+        if self.exact_until:
+            x0, x1 = self.exact_pairs(x0, x1, y, t, self.exact_until)
         if self.mean_flow is None:
             error = self.error(net, x0, x1, y, t)
         else:
@@ -85,6 +97,16 @@ class FlowLoss:
         """By how much the network's prediction is off: x0, x1 (B, ...), y and t (B,) -> (B, ...)."""
         x_t, u_t = self.point_and_target(x0, x1, t)
         return net(x_t, t, y) - u_t
+
+    def exact_pairs(self, x0: Tensor, x1: Tensor, y: Tensor, t: Tensor, until: float) -> tuple[Tensor, Tensor]:
+        """The pairs, those before t = until replaced by the means of all pairs through the same points, same shapes.
+
+        Raises:
+            ValueError: if nobody handed over the field.
+        """
+        if self.exact_field is None:
+            raise ValueError("the exact field is not known; set `exact_field` to that of the training data")
+        return self.exact_field.pairs(PATHS[self.path], x0, x1, y, t, until)
 
     def point_and_target(self, x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Where the network is asked, x_t, and what it should put out there: (B, ...) each."""
