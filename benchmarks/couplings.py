@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from scoring import digit_scorer, scores
+from scoring import Judge
 
 from flowmatch_mnist.data.curve import Curve
 from flowmatch_mnist.evaluation.metrics import Measurement
@@ -35,7 +35,7 @@ def train(config: str, coupling: str, *options: object) -> Path:
 
 def tell(what: str, sampler: Sampler, measurements: Sequence[Measurement]) -> None:
     """Print the scores."""
-    words = ", ".join(f"{title} {value:.3f}" for title, value in scores(measurements).items())
+    words = ", ".join(f"{m.title} {m.score}" for m in measurements)
     print(f"{what}: {sampler.description()}: {words}", flush=True)
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=700, help="of the digits' training (default: 700)")
     steps = parser.parse_args().steps
-    score_points, score_digits = Curve(classes=10).measure, digit_scorer()
+    score_points, score_digits = Curve(classes=10).measure, Judge()
     for coupling in COUPLINGS:
         # Few points to a batch: the cost of an assignment grows with the cube of their number.
         flow, own = load(train("toy_prompted", coupling, "--data.batch_size", 250, "--trainer.max_epochs", 10))
@@ -57,7 +57,7 @@ def main() -> None:
         length += ["--evaluation.every_n_steps", 0]
         flow, _ = load(train("quick", coupling, *length))
         for sampler in (Sampler(4, "euler"), Sampler(4, "euler", 1.5), Sampler(8, "midpoint")):
-            tell(f"digits, {coupling}", sampler, score_digits(generate(flow, torch.arange(2000) % 10, sampler)))
+            tell(f"digits, {coupling}", sampler, score_digits(generate(flow, score_digits.labels(2000), sampler)))
 
 
 if __name__ == "__main__":

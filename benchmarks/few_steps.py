@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from scoring import digit_scorer
+from scoring import Judge
 from steps import measure
 
 from flowmatch_mnist.data.reflow import straightness
@@ -79,7 +79,7 @@ def main() -> None:
     models = [tuple(model.split("=", 1)) for model in options.models]
     if any(len(model) != 2 for model in models):
         raise UserError("models are given as NAME=WEIGHTS, such as teacher=mnist")
-    score = digit_scorer(options.data_dir, options.device)
+    score = Judge(options.data_dir, options.device)
     rows: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     straight: dict[str, list[float]] = defaultdict(list)
     shown, states = [], {}

@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from flowmatch_mnist.evaluation import digitnet
+from flowmatch_mnist.evaluation.readers import weights_of
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.networks.unet import UNet
 from flowmatch_mnist.sampling.generate import Flow, Sampler
@@ -252,7 +252,7 @@ def malformed(dice: random.Random, checkpoint: Path) -> list[str]:
         ["3", "--churn", dice.choice(["nan", "-1", "x"]), "--solver", "euler"],
         ["3", "--churn", "0.5", "--solver", "dpmpp_2m"],
         ["3", "--out", dice.choice(["x.jpg", "x", ".", "", "x.png/y.png", "x.npy"])],
-        ["3", "--checkpoint", dice.choice(["nowhere.ckpt", ".", "/dev/null", str(TINY), str(digitnet.WEIGHTS)])],
+        ["3", "--checkpoint", dice.choice(["nowhere.ckpt", ".", "/dev/null", str(TINY), str(weights_of("digitnet"))])],
         ["3", "--device", dice.choice(["gpu", "cuda:99", "x", "cpu:x"])],
         ["3", "--from-image", dice.choice(["x.png:3", "7", "test:10000", "test:-1", f"{TINY}:3", ".:3", ":"])],
         ["3", "--interpolate", dice.choice(["0", "-1", "x"])],

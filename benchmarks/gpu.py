@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scoring import digit_scorer, scores
+from scoring import Judge, scores
 
 from flowmatch_mnist.images.pictures import grid, save_png
 from flowmatch_mnist.sampling.generate import generate
@@ -50,12 +50,13 @@ def train(options: argparse.Namespace, config: str, seconds: int, *arguments: ob
 def draw(options: argparse.Namespace, path: Path, name: str) -> dict[str, Any]:
     """Digits per second, once all is warm, and their scores; some are kept as a picture."""
     _, flow, sampler = load_digits(path, options.device)
-    labels = torch.arange(options.samples) % 10
+    labels = options.score.labels(options.samples)
     generate(flow, labels[:100], sampler)
     start = time.perf_counter()
     digits = generate(flow, labels, sampler)
     rate = len(labels) / (time.perf_counter() - start)
-    save_png(grid(digits.values[:100], 10), options.out.with_name(f"{options.out.name}_{name}.png"))
+    shown = torch.stack([digits.values[labels == digit][:10] for digit in range(10)], 1).flatten(0, 1)
+    save_png(grid(shown, 10), options.out.with_name(f"{options.out.name}_{name}.png"))
     return {"evaluations": digits.evaluations, "digits/s": round(rate, 1), **scores(options.score(digits))}
 
 
@@ -87,7 +88,7 @@ def main() -> None:
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--out", type=Path, default=Path("docs/gpu"), help="of file and pictures, without ending")
     options = parser.parse_args()
-    options.score = digit_scorer(device=options.device)
+    options.score = Judge(device=options.device)
     count = torch.accelerator.device_count()
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else options.device,

@@ -3,8 +3,9 @@
     pip install -e '.[rivals]' && git clone --depth 1 https://github.com/cloneofsimo/minRF
     python benchmarks/rivals.py
 
-trains `configs/quick.yaml`, takes the time, trains each rival for as long, as its own example or documentation says, draws with
-each one's own sampler, measures all with `digitnet`, and writes `docs/rivals.json` and `docs/rivals.png`, a row of digits each.
+trains `configs/quick.yaml`, takes the time, trains each rival for as long, as its own example or documentation says, draws
+with each one's own sampler, measures all as `train.py test` does, and writes `docs/rivals.json` and `docs/rivals.png`, a row of
+digits each.
 What each row stands for, and where it departs from the original, is said in the class that makes it.
 """
 
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from rich.progress import track
-from scoring import digit_scorer, scores
+from scoring import Judge, scores, words
 from torch import Tensor, nn
 
 from flowmatch_mnist.images import mnist
@@ -353,8 +354,8 @@ def main() -> None:
     parser.add_argument("--minrf", type=Path, default=Path("minRF"), help="the folder of its clone (default: minRF)")
     parser.add_argument("--out", type=Path, default=Path("docs/rivals"), help="of the picture and the figures, without ending")
     options = parser.parse_args()
-    labels = torch.arange(options.samples) % 10
-    score = digit_scorer()
+    score = Judge()
+    labels = score.labels(options.samples)
     images, digits = mnist.load(Path("data"), "train")
     rows: dict[str, dict[str, Any]] = {}
     shown = []
@@ -367,9 +368,8 @@ def main() -> None:
             "digits/s": len(labels) / drawing,
             **scores(score(Samples(drawn, labels, evaluations))),
         }
-        shown.append(drawn[:10])
-        told = ", ".join(f"{what} {value:.4g}" for what, value in rows[name].items())
-        print(f"{name}: {told}", flush=True)
+        shown.append(torch.stack([drawn[labels == digit][0] for digit in range(10)]))
+        print(f"{name}: {words(rows[name])}", flush=True)
         contents = {"seconds of training": seconds, "samples": len(labels), "rows": rows}
         save_json(options.out.with_suffix(".json"), contents)
         save_png(grid(torch.cat(shown), 10), options.out.with_suffix(".png"))

@@ -2,22 +2,42 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from flowmatch_mnist.data.digits import MNISTDataModule
-from flowmatch_mnist.evaluation.metrics import Measurement
-from flowmatch_mnist.evaluation.problems import Scorer
+from flowmatch_mnist.evaluation.estimates import Measurement
+from flowmatch_mnist.evaluation.problems import labels_like
+from flowmatch_mnist.evaluation.readers import READERS
+from flowmatch_mnist.sampling.generate import Samples
 
 
-def digit_scorer(data_dir: str | Path = "data", device: str = "cpu") -> Scorer:
-    """What scores digits beside MNIST's test set, which is fetched if need be."""
-    data = MNISTDataModule(str(data_dir))
-    data.prepare_data()
-    data.setup("test")
-    return data.problem.scorer(data.real("test"), data.real("train"), torch.device(device))
+class Judge:
+    """Scores digits beside MNIST's test set, which is fetched if need be."""
+
+    def __init__(self, data_dir: str | Path = "data", device: str = "cpu") -> None:
+        data = MNISTDataModule(str(data_dir))
+        data.prepare_data()
+        data.setup("test")
+        self._real = data.real("test")
+        self._score = data.problem.scorer(self._real, data.real("train"), torch.device(device))
+
+    def labels(self, count: int) -> Tensor:
+        """Labels (count,) in the proportions of the test set: what digits are to be drawn for."""
+        return labels_like(self._real[1], count)
+
+    def __call__(self, samples: Samples) -> list[Measurement]:
+        """All measurements but those of single digits."""
+        return [m for m in self._score(samples) if m.main or m.name.split("/")[0] in READERS]
 
 
-def scores(measurements: Sequence[Measurement]) -> dict[str, float]:
-    """The scores by their titles, without the groups of details."""
-    return {m.title: m.score for m in measurements if m.main}
+def scores(measurements: Sequence[Measurement]) -> dict[str, Any]:
+    """The scores by their titles, and under `errors` their standard errors."""
+    return {m.title: m.score.value for m in measurements} | {"errors": {m.title: m.score.error for m in measurements}}
+
+
+def words(figures: dict[str, Any]) -> str:
+    """Figures in a line."""
+    return ", ".join(f"{what} {figure:.4g}" for what, figure in figures.items() if isinstance(figure, int | float))

@@ -11,12 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from rich.progress import track
-from scoring import digit_scorer, scores
+from scoring import Judge, scores
 
-from flowmatch_mnist.evaluation.problems import Scorer
 from flowmatch_mnist.sampling.generate import Flow, Sampler, generate
 from flowmatch_mnist.sampling.weights import load_digits
 from flowmatch_mnist.support.choices import SOLVERS
@@ -41,9 +39,9 @@ def samplers(solvers: list[str], evaluations: list[int], guidances: list[float])
     return found
 
 
-def measure(flow: Flow, sampler: Sampler, score: Scorer, count: int, seed: int) -> dict[str, Any]:
+def measure(flow: Flow, sampler: Sampler, score: Judge, count: int, seed: int) -> dict[str, Any]:
     """Draw and measure; the sampler, its evaluations and the figures."""
-    samples = generate(flow, torch.arange(count) % 10, sampler, seed=seed)
+    samples = generate(flow, score.labels(count), sampler, seed=seed)
     return {"sampler": asdict(sampler), "evaluations": samples.evaluations, **scores(score(samples))}
 
 
@@ -88,7 +86,7 @@ def main() -> None:
     if min(options.samples, *options.evaluations) < 1:
         raise UserError("--samples and --evaluations must be at least 1")
     checkpoint, flow, _ = load_digits(options.checkpoint, options.device)
-    score = digit_scorer(options.data_dir, options.device)
+    score = Judge(options.data_dir, options.device)
     points = []
     for sampler in track(samplers(options.solvers, options.evaluations, options.guidance), "measuring"):
         points.append(measure(flow, sampler, score, options.samples, options.seed))

@@ -51,7 +51,7 @@ def main() -> None:
         ends = []
         for steps in (1, 2, 4):
             (near,) = Curve().measure(draw(flow, steps))
-            ends.append(f"{steps} step{'s' * (steps > 1)} {near.value:.3f}")
+            ends.append(f"{steps} step{'s' * (steps > 1)} {near.score}")
         print(f"{when} reflow: straightness {bend:.4f}; {'; '.join(ends)}", flush=True)
         ways = fine.states[:, :SHOWN]
         for n in range(SHOWN):

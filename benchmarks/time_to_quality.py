@@ -18,7 +18,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
-from scoring import digit_scorer
+from scoring import Judge, words
 from steps import measure
 
 from flowmatch_mnist.sampling.weights import load, newest_checkpoint, save
@@ -104,15 +104,14 @@ def main() -> None:
     options = parser.parse_args()
     if options.samples < 1000 or options.every <= 0:
         raise UserError("--samples must be at least 1000, and --every more than 0")
-    score = digit_scorer(device=options.device)
+    score = Judge(device=options.device)
     runs: dict[str, list[dict[str, Any]]] = {}
     for seed in options.seeds:
         points = runs[str(seed)] = []
         for seconds, path in train(options, seed)[-options.last_only :]:
             flow, sampler = load(path, options.device)
             points.append({"seconds": seconds, **measure(flow, sampler, score, options.samples, seed)})
-            told = ", ".join(f"{name} {value:.4g}" for name, value in points[-1].items() if isinstance(value, float))
-            print(f"seed {seed}: {told}", flush=True)
+            print(f"seed {seed}: {words(points[-1])}", flush=True)
             save_json(options.out.with_suffix(".json"), {"config": options.config, "samples": options.samples, "runs": runs})
             draw(runs, options.out.with_suffix(".png"))
 

@@ -1,10 +1,15 @@
-"""Train the evaluator's classifier anew, on the training images alone, and put its weights in the package.
+"""Train one of the evaluator's two classifiers anew, on the training images alone, and put its weights in the package.
+
+Its file also keeps what real digits get by it: the baseline that `train.py test` measures samples beside.
 
 python -m flowmatch_mnist.digitnet
+python -m flowmatch_mnist.digitnet --net resnet
 """
 
 import json
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,15 +17,23 @@ import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor
 
-from flowmatch_mnist.evaluation.digitnet import WEIGHTS, DigitNet
-from flowmatch_mnist.evaluation.metrics import label_accuracy, read_digits
+from flowmatch_mnist.evaluation.estimates import share
+from flowmatch_mnist.evaluation.evaluator import Sight, counts_of, draw_like, fingerprint
+from flowmatch_mnist.evaluation.metrics import read_digits
+from flowmatch_mnist.evaluation.readers import READERS, Reader, claims, reader, weights_of
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.images.pixels import PIXELS
 from flowmatch_mnist.support.errors import CommandParser, exit_on_error
 from flowmatch_mnist.support.files import save_weights
 
 
-def distort(images: Tensor, generator: torch.Generator) -> Tensor:
+def move(images: Tensor, places: Tensor) -> Tensor:
+    """Images uint8 (B, 28, 28) as the network sees them, looked up at places (B, 28, 28, 2): (B, 1, 28, 28)."""
+    # Outside an image is zero, so black is made zero for the while.
+    return F.grid_sample(PIXELS["linear"].encode(images) + 1, places, align_corners=False) - 1
+
+
+def turn(images: Tensor, generator: torch.Generator) -> Tensor:
     """Turn, scale, shear and shift each image a little, by its own throw of the dice: uint8 (B, 28, 28) -> (B, 1, 28, 28)."""
 
     def throw(width: float) -> Tensor:
@@ -29,22 +42,56 @@ def distort(images: Tensor, generator: torch.Generator) -> Tensor:
     angle, scale, shear = throw(math.radians(12)), torch.exp(throw(0.12)), throw(0.2)
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
     rows = [torch.stack([cos, shear * cos - sin, throw(0.12)], 1), torch.stack([sin, shear * sin + cos, throw(0.12)], 1)]
-    places = F.affine_grid(torch.stack(rows, 1), [len(images), 1, 28, 28], align_corners=False)
-    # Outside an image is zero, so black is made zero for the while.
-    return F.grid_sample(PIXELS["linear"].encode(images) + 1, places, align_corners=False) - 1
+    return move(images, F.affine_grid(torch.stack(rows, 1), [len(images), 1, 28, 28], align_corners=False))
 
 
-def train(images: Tensor, labels: Tensor, epochs: int, seed: int, batch_size: int = 100) -> DigitNet:
-    """Train the classifier on images uint8 (N, 28, 28) with their labels (N,), distorted afresh in every epoch."""
+def warp(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift each image, and bend it smoothly, by its own throw of the dice: uint8 (B, 28, 28) -> (B, 1, 28, 28).
+
+    Source: Simard, Steinkraus and Platt 2003, "Best Practices for Convolutional Neural Networks", section 2 (elastic
+    distortions).
+    """
+    count = len(images)
+    bend = 0.05 * torch.randn(count, 2, 5, 5, generator=generator)
+    shift = 0.12 * (2 * torch.rand(count, 2, 1, 1, generator=generator) - 1)
+    by = F.interpolate(bend, size=28, mode="bicubic", align_corners=False) + shift
+    as_they_are = F.affine_grid(torch.eye(2, 3).expand(count, 2, 3), [count, 1, 28, 28], align_corners=False)
+    return move(images, as_they_are + by.permute(0, 2, 3, 1))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a classifier is trained.
+
+    Attributes:
+        distort: what is done to the images, afresh in every epoch.
+        epochs: passes over the training images.
+        rate: the highest learning rate.
+        seed: of weights, order and distortions.
+    """
+
+    distort: Callable[[Tensor, torch.Generator], Tensor]
+    epochs: int
+    rate: float
+    seed: int
+
+
+RECIPES = {"digitnet": Recipe(turn, 12, 0.01, seed=0), "resnet": Recipe(warp, 10, 0.004, seed=1)}
+"""How the classifiers are trained: by nothing that both share, so that they err apart."""
+
+
+def train(name: str, images: Tensor, labels: Tensor, epochs: int, seed: int, batch_size: int = 100) -> Reader:
+    """Train a classifier on images uint8 (N, 28, 28) with their labels (N,), distorted afresh in every epoch."""
+    recipe = RECIPES[name]
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    net = DigitNet().to(memory_format=torch.channels_last)
+    net = READERS[name]().to(memory_format=torch.channels_last)
     steps = epochs * (len(images) // batch_size)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, steps)
     order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(epochs)])
-    for batch in track(order[: steps * batch_size].split(batch_size), "training the classifier"):
-        x = distort(images[batch], generator).to(memory_format=torch.channels_last)
+    for batch in track(order[: steps * batch_size].split(batch_size), f"training {name}"):
+        x = recipe.distort(images[batch], generator).to(memory_format=torch.channels_last)
         F.cross_entropy(net.head(net.body(x)), labels[batch]).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -52,27 +99,42 @@ def train(images: Tensor, labels: Tensor, epochs: int, seed: int, batch_size: in
     return net.eval()
 
 
+def real_digits(net: Reader, training: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> str:
+    """What training digits get beside the test digits, as many of each class: the evaluator's baseline, as JSON."""
+    scores = Sight(net, test).baseline(training[0], draw_like(training[1], counts_of(test[1])))
+    return json.dumps({"beside": fingerprint(test[0]), "scores": scores})
+
+
 def main() -> None:
     """Train, measure on the official test images, and write the weights."""
     parser = CommandParser(prog="python -m flowmatch_mnist.digitnet", description=__doc__)
     add = parser.add_argument
+    add("--net", choices=READERS, default="digitnet", help="which classifier (default: digitnet)")
     add("--data-dir", type=Path, default=Path("data"), help="where MNIST is, or is put (default: data)")
-    add("--epochs", type=int, default=12, help="passes over the training images (default: 12)")
-    add("--seed", type=int, default=0, help="of weights, order and distortions (default: 0)")
-    add("--out", type=Path, default=WEIGHTS, help="where the weights go (default: into the package)")
+    add("--epochs", type=int, help="passes over the training images (default: 12, of resnet 10)")
+    add("--seed", type=int, help="of weights, order and distortions (default: 0, of resnet 1)")
+    add("--out", type=Path, help="where the weights go (default: into the package)")
+    add("--measure", action="store_true", help="train nothing; measure the weights that are in the package anew")
     options = parser.parse_args()
+    recipe = RECIPES[options.net]
+    epochs = recipe.epochs if options.epochs is None else options.epochs
+    seed = recipe.seed if options.seed is None else options.seed
+    out = options.out or weights_of(options.net)
     mnist.prepare(options.data_dir)
-    net = train(*mnist.load(options.data_dir, "train"), options.epochs, options.seed)
-    images, labels = mnist.load(options.data_dir, "test")
-    accuracy, _ = label_accuracy(read_digits(net, images)[1], labels)
-    metadata = {
-        "command": f"python -m flowmatch_mnist.digitnet --epochs {options.epochs} --seed {options.seed}",
-        "seed": str(options.seed),
-        "test_accuracy": f"{accuracy:.4f}",
-        "versions": json.dumps({"torch": torch.__version__}),
-    }
-    save_weights(options.out, net.state_dict(), metadata)
-    print(f"{accuracy:.2%} of the 10,000 test images read right; wrote {options.out}")
+    training, test = mnist.load(options.data_dir, "train"), mnist.load(options.data_dir, "test")
+    if options.measure:
+        net, metadata = reader(options.net), claims(options.net)
+    else:
+        net = train(options.net, *training, epochs, seed)
+        metadata = {
+            "command": f"python -m flowmatch_mnist.digitnet --net {options.net} --epochs {epochs} --seed {seed}",
+            "seed": str(seed),
+            "versions": json.dumps({"torch": torch.__version__}),
+        }
+    accuracy = share(read_digits(net, test[0])[1] == test[1]).value
+    measured = {"test_accuracy": f"{accuracy:.4f}", "real digits": real_digits(net, training, test)}
+    save_weights(out, net.state_dict(), metadata | measured)
+    print(f"{accuracy:.2%} of the {len(test[1]):,} test images read right; wrote {out}")
 
 
 if __name__ == "__main__":

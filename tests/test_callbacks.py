@@ -14,7 +14,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 from rich.text import Text
 
-from flowmatch_mnist.evaluation.metrics import Measurement
+from flowmatch_mnist.evaluation.estimates import Estimate, Measurement
 from flowmatch_mnist.sampling.generate import Sampler, Samples, draw_noise
 from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.errors import UserError
@@ -241,17 +241,19 @@ def measured(trainer, tmp_path, monkeypatch):
     evaluate.splits, evaluate.curves = splits, {}
     monkeypatch.setattr(evaluation, "log_curve", lambda trainer, tag, points: evaluate.curves.update({tag: points}))
 
-    def sample(trainer, module, sampler, count):
+    def sample(trainer, module, sampler, split, count):
+        splits.append(f"labels of {split}")
         clock.now += 3.04
         return Samples(torch.zeros(count, 2), torch.arange(count) % 10, 2 * sampler.steps)
 
     def measure(trainer, module, samples, split):
         splits.append(split)
         clock.now += 2.06
+        quarter, exact = Estimate(0.25, 0.02), Estimate(1.0, 0.0)
         return [
-            Measurement("distance", 0.30000049 + samples.evaluations, 0.15000049, ratio=True),
-            Measurement("accuracy by digit/3", 0.5, 1.0),
-            *(Measurement(name, 0.25, 1.0) for name in ("accuracy", "recall", "precision", "copies")),
+            Measurement("distance", Estimate(0.30000049 + samples.evaluations, 0.01), Estimate(0.15000049, 0.0), ratio=True),
+            Measurement("accuracy by digit/3", Estimate(0.5, 0.03), exact),
+            *(Measurement(name, quarter, exact) for name in ("accuracy", "recall", "precision", "copies")),
         ]
 
     monkeypatch.setattr(evaluate, "sample", sample)
@@ -267,9 +269,11 @@ def test_a_report_has_all_figures_on_the_screen_and_in_its_file(trainer, measure
     evaluate, module = measured
     evaluate.report(trainer, module, "test")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == ("30 samples of 10 classes in turn, euler, 4 steps, guidance 1 (NFE 8), seed 5; beside the test split")
-    assert lines[2].split() == ["distance", "8.3000", "0.1500", "55.33"] and lines[8].split() == ["loss/test", "0.1250"]
-    assert lines[9] == "20 samples by 2 evaluations: distance ratio 15.333, accuracy 0.250"
+    how = "euler, 4 steps, guidance 1 (NFE 8), seed 5"
+    assert lines[0] == f"30 samples with the labels of the test split, {how}; beside that split"
+    assert lines[2].split() == ["distance", "8.300", "±", "0.010", "0.15", "55.33", "±", "0.07"]
+    assert lines[8].split() == ["loss/test", "0.1250"]
+    assert lines[9] == "20 samples by 2 evaluations: distance ratio 15.33 ± 0.07, accuracy 0.250 ± 0.020"
     assert lines[10].startswith("and by 6 evaluations: distance ratio 42.0")
     assert lines[11] == f"wrote {tmp_path / 'metrics.json'} after 3 s of drawing and 2 s of measuring"
     found = json.loads((tmp_path / "metrics.json").read_text())
@@ -278,12 +282,18 @@ def test_a_report_has_all_figures_on_the_screen_and_in_its_file(trainer, measure
         *("evaluations", "by steps", "seed", "seconds", "versions"),
     ]
     assert (found["checkpoint"], found["split"], found["loss/test"], found["samples"]) == ("last.ckpt", "test", 0.125, 30)
-    assert found["figures"]["distance"] == {"samples": 8.3, "real data": 0.15}
+    assert found["figures"]["distance"] == {
+        "samples": {"value": 8.3, "error": 0.01},
+        "real data": {"value": 0.15, "error": 0.0},
+    }
     assert (found["sampler"]["steps"], found["evaluations"], found["seed"]) == (4, 8, 5)
     assert found["seconds"] == {"drawing": 3.0, "measuring": 2.1}
     assert [(p["steps"], p["evaluations"], p["samples"]) for p in found["by steps"]] == [(1, 2, 20), (3, 6, 20)]
     assert set(found["versions"]) == {"flowmatch-mnist", "torch", "lightning", "torchmetrics"}
-    assert evaluate.splits == ["test"] * 3 and not trainer.loggers[0].log_metrics.called
+    assert (
+        evaluate.splits == ["labels of test", *["labels of test", "test"] * 2, "test"]
+        and not trainer.loggers[0].log_metrics.called
+    )
     accuracy, distance = (evaluate.curves[f"quality_by_evaluations/{title}"] for title in ("accuracy", "distance ratio"))
     assert accuracy == {2: 0.25, 6: 0.25} and distance == {2: pytest.approx(15.3, abs=0.1), 6: pytest.approx(42, abs=0.1)}
 
@@ -299,16 +309,17 @@ def test_curves_by_steps_are_of_headlines_and_of_solvers_that_take_steps(trainer
 def test_figures_while_training_are_logged_told_and_kept(trainer, measured, capsys):
     evaluate, module = measured
     evaluate.act(trainer, module)
-    assert capsys.readouterr().out == (
-        "step 4: 20 samples, distance ratio 55.333, accuracy 0.250, recall 0.250, precision 0.250\n"
-    )
-    assert evaluate.splits == ["val"]
+    quarters = [f"{name} 0.250 ± 0.020" for name in ("accuracy", "recall", "precision")]
+    assert capsys.readouterr().out == f"step 4: 20 samples, distance ratio 55.33 ± 0.07, {', '.join(quarters)}\n"
+    assert evaluate.splits == ["labels of val", "val"]
     (logged, step), _ = trainer.loggers[0].log_metrics.call_args
     assert step == 3 and logged["quality/recall"] == 0.25 and logged["quality_details/accuracy by digit 3"] == 0.5
+    assert logged["quality_errors/recall"] == 0.02 and logged["quality_details_errors/accuracy by digit 3"] == 0.03
+    assert "quality_errors/recall" not in trainer.callback_metrics
     assert trainer.callback_metrics["quality/recall"] == 0.25
     evaluate.done_at = 4
     state = evaluate.state_dict()
-    assert state == {"done_at": 4, "figures": logged}
+    assert state["done_at"] == 4 and state["figures"] == {tag: logged[tag] for tag in logged if "_errors/" not in tag}
     other, fresh = Evaluate(), SimpleNamespace(callback_metrics={})
     other.load_state_dict(state)
     other.on_train_start(fresh, module)
@@ -340,15 +351,16 @@ def test_each_process_draws_its_share_of_the_same_samples(trainer, monkeypatch, 
     monkeypatch.setattr(evaluation, "gather", lambda trainer, share: [other, share])
     trainer.global_rank, trainer.progress_bar_callback = 1, bar
     module = SimpleNamespace(net=SimpleNamespace(no_label=4, shape=(2,)))
-    samples = Evaluate(seed=5).sample(trainer, module, "a sampler", 6)
+    trainer.datamodule = SimpleNamespace(real={"val": (None, torch.tensor([3, 0, 1, 2, 1, 0]))}.__getitem__)
+    samples = Evaluate(seed=5).sample(trainer, module, "a sampler", "val", 6)
     noise = draw_noise(6, (2,), streams.generator("cpu", 5, "sampling"))
     assert torch.equal(asked.pop("noise"), noise[1::2])
     assert asked == {
         **{"flow": "the averaged flow", "sampler": "a sampler"},
-        **{"labels": [1, 3, 1], "numbers": [1, 3, 5], "seed": 5},
+        **{"labels": [0, 1, 3], "numbers": [1, 3, 5], "seed": 5},
     }
-    assert samples.labels.tolist() == [0, 1, 2, 3, 0, 1] and samples.evaluations == 9
-    assert samples.values.flatten().tolist() == [0, 1, 2, 3, 4, 1]
+    assert samples.labels.tolist() == [0, 0, 1, 1, 2, 3] and samples.evaluations == 9
+    assert samples.values.flatten().tolist() == [0, 0, 2, 1, 4, 3]
     if isinstance(bar, Shown):
         bar.progress.add_task.assert_called_once_with("Drawing", total=3)
         bar.progress.advance.assert_called_once_with(bar.progress.add_task(), 2)

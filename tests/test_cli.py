@@ -156,17 +156,17 @@ def test_validate_and_test_need_only_the_checkpoint(tiny_run, tmp_path, subcomma
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
     split = {"validate": "val", "test": "test"}[subcommand]
     assert f"\nloss/{split} " in done.stdout and "\nFrechet distance " in done.stdout
-    assert (
-        f"40 samples of 10 classes in turn, midpoint, 2 steps, guidance 1 (NFE 4), seed 0; beside the {split} split"
-        in done.stdout
-    )
+    how = "midpoint, 2 steps, guidance 1 (NFE 4), seed 0; beside that split"
+    assert f"40 samples with the labels of the {split} split, {how}" in done.stdout
     report = json.loads((tmp_path / "runs/tiny/version_0/checkpoints/metrics.json").read_text())
     assert report["checkpoint"] == "last.ckpt" and report["split"] == split
     assert report["samples"] == 40 and report["evaluations"] == 4 and report["sampler"]["solver"] == "midpoint"
     assert [(point["steps"], point["evaluations"]) for point in report["by steps"]] == [(1, 2), (3, 6)]
     assert "\n20 samples by 2 evaluations: label accuracy " in done.stdout and "\nand by 6 evaluations: " in done.stdout
-    assert report["figures"]["label accuracy"]["real data"] > 0.99
-    assert report["figures"]["Frechet distance"]["samples"] > report["figures"]["Frechet distance"]["real data"]
+    assert report["figures"]["label accuracy"]["real data"]["value"] > 0.99
+    for by in ("", "resnet/"):
+        distance = report["figures"][f"{by}Frechet distance"]
+        assert distance["samples"]["value"] > distance["real data"]["value"] > 5 * distance["real data"]["error"] > 0
     assert sorted(path.name for path in (tmp_path / "runs/tiny").iterdir()) == ["version_0"]
 
 

@@ -11,8 +11,9 @@ import torch
 from conftest import ROOT, Evil, assert_one_line_error, run, run_here
 from PIL import Image, ImageSequence
 
-from flowmatch_mnist.evaluation.digitnet import digitnet
-from flowmatch_mnist.evaluation.metrics import frechet_distance, label_accuracy, read_digits
+from flowmatch_mnist.evaluation.metrics import FrechetDistance, read_digits
+from flowmatch_mnist.evaluation.problems import labels_like
+from flowmatch_mnist.evaluation.readers import READERS, reader
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.images.pictures import grid, save_gif
 from flowmatch_mnist.sampling import weights
@@ -175,17 +176,23 @@ def test_the_weights_in_the_package_can_be_asked_for_beside_a_run(tiny_run):
 
 def test_the_weights_in_the_package_draw_as_well_as_they_say(data_dir):
     """A few of the digits whose figures stand in each file, drawn and measured anew."""
-    net = digitnet()
-    real, _ = read_digits(net, mnist.load(data_dir, "test")[0])
+    images, labels = mnist.load(data_dir, "test")
+    sights = {}
+    for name in READERS:
+        net = reader(name)
+        sights["" if name == "digitnet" else f"{name}/"] = net, FrechetDistance(read_digits(net, images)[0])
     for path in PRETRAINED.values():
         flow, sampler = load(path)
         said = load_weights(path)[1]
         count = min(map(int, json.loads(said["figures"])))
         figures = json.loads(said["figures"])[str(count)]
-        drawn = generate(flow, torch.arange(count) % 10, sampler)
-        features, digits = read_digits(net, drawn.values)
-        assert label_accuracy(digits, drawn.labels)[0] > 0.985
-        assert frechet_distance(real, features) == pytest.approx(figures["Frechet distance"][0], rel=0.1)
+        drawn = generate(flow, labels_like(labels, count), sampler)
+        for by, (net, distance) in sights.items():
+            features, digits = read_digits(net, drawn.values)
+            accuracy, its_error, *_ = figures[f"{by}label accuracy"]
+            assert (digits == drawn.labels).double().mean() == pytest.approx(accuracy, abs=its_error / 2)
+            expected, its_error, *_ = figures[f"{by}Frechet distance"]
+            assert distance(features) == pytest.approx(expected, abs=its_error / 2)
         assert path.stat().st_size < 8e6 and said["command"].split(" && ")[-1].startswith("python train.py")
 
 

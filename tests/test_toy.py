@@ -30,7 +30,7 @@ def test_a_toy_trains_and_draws_its_curve(name, tmp_path):
     short += ["--sampling.every_n_epochs", 1, "--evaluation.every_n_epochs", 1]
     done = run_here("train.py", "--config", ROOT / f"configs/{name}.yaml", *short, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
-    figures = re.findall(r"samples, distance to the curve ([0-9.]+)" + TOYS[name], done.stdout)
+    figures = re.findall(r"samples, distance to the curve ([0-9.]+) ± [0-9.]+" + TOYS[name], done.stdout)
     assert len(figures) == 2 and float(figures[1]) < float(figures[0])
     version = tmp_path / f"runs/{name}/version_0"
     with Image.open(version / "samples/curve-000100.png") as picture:
@@ -83,8 +83,8 @@ def test_ddpm_trains_and_draws_by_ancestral_sampling(tmp_path, data_dir):
 def measure(data, points, labels):
     score = data.problem.scorer(data.real("val"), data.real("train"), torch.device("cpu"))
     measurements = score(Samples(points, labels, 0))
-    assert {m.name: m.baseline for m in measurements} == {"distance to the curve": 0, "on its segment": 1}
-    return {m.name: m.value for m in measurements}
+    assert {m.name: m.real for m in measurements} == {"distance to the curve": (0, 0), "on its segment": (1, 0)}
+    return {m.name: m.samples.value for m in measurements}
 
 
 def test_points_lie_on_their_segment_of_the_curve():
@@ -97,7 +97,7 @@ def test_points_lie_on_their_segment_of_the_curve():
     assert measure(data, points, (labels + 1) % 10)["on its segment"] < 0.005
     # Moved along the normal where the curve is level.
     top = curve(torch.tensor([torch.pi / 2])) + torch.tensor([0.0, 0.3])
-    assert measure(data, top, torch.tensor([1])) == pytest.approx(
+    assert measure(data, top.expand(2, 2), torch.tensor([1, 1])) == pytest.approx(
         {"distance to the curve": 0.3, "on its segment": 1.0}, abs=1e-3
     )
 
@@ -121,10 +121,10 @@ def test_each_point_is_scored_by_the_curve_and_where_there_are_several_by_its_se
     problem = Curve(classes)
     far = curve(torch.tensor([0.5, LENGTH]))
     measured = {m.name: m for m in problem.measure(Samples(far, torch.tensor([0, 0]), 0))}
-    assert measured["distance to the curve"].value < 5e-3 and measured["distance to the curve"].baseline == 0
+    assert measured["distance to the curve"].samples.value < 5e-3 and measured["distance to the curve"].real == (0, 0)
     assert set(measured) == {"distance to the curve", *["on its segment"][: classes - 1]}
     if classes > 1:
-        assert (measured["on its segment"].value, measured["on its segment"].baseline) == (0.5, 1)
+        assert measured["on its segment"].samples.value == 0.5 and measured["on its segment"].real == (1, 0)
 
 
 @pytest.mark.parametrize("classes", [1, 2])

@@ -12,7 +12,8 @@ from test_runs import TOY, losses
 from torch import nn
 
 from flowmatch_mnist.data.digits import MNISTDataModule
-from flowmatch_mnist.evaluation.metrics import Measurement
+from flowmatch_mnist.evaluation.estimates import Estimate, Measurement
+from flowmatch_mnist.evaluation.problems import labels_like
 from flowmatch_mnist.flow.paths import match_dims
 from flowmatch_mnist.networks.base import Network
 from flowmatch_mnist.sampling.generate import Flow, Sampler, draw_noise, generate
@@ -109,8 +110,8 @@ def test_the_averaged_weights_are_validated_and_measured_and_the_raw_ones_traine
     assert average_of(ema).net.more.item() == pytest.approx(average)
     assert look.validated == [pytest.approx(average)]
     (samples,) = measured
-    assert samples.labels.tolist() == [*range(10)] * 2
-    more = samples.values[:, 14, 14].float() - torch.tensor(LEVELS * 2)
+    assert torch.equal(samples.labels, labels_like(digits.real("val")[1], 20))
+    more = samples.values[:, 14, 14].float() - torch.tensor(LEVELS)[samples.labels]
     assert (more - 127.5 * average).abs().max() < 1
 
 
@@ -223,20 +224,25 @@ def test_pictures_and_figures_are_of_the_noise_and_number_asked_for(tmp_path, di
     assert torch.equal(other[3:4], draw_noise(4, (1, 28, 28), streams.generator("cpu", 7, "sampling"))[3:])
 
 
+MEASURED = Measurement("figure", Estimate(0.5, 0.01), Estimate(0.25, 0.0))
+
+
 def test_quality_is_measured_by_each_number_of_steps(tmp_path, digits, monkeypatch):
     monkeypatch.setattr(digits.problem, "headlines", ("quality/figure",))
-    monkeypatch.setattr(digits.problem, "scorer", lambda *_: lambda samples: [Measurement("figure", 0.5, 0.25)])
+    monkeypatch.setattr(digits.problem, "scorer", lambda *_: lambda samples: [MEASURED])
     points = Evaluate(samples=20, steps=(3, 1, 3)).by_steps(*fit(tmp_path, digits), "val")
-    assert points == [{"steps": n, "evaluations": n, "samples": 20, "figures": {"figure": 0.5}} for n in (1, 3)]
+    assert points == [
+        {"steps": n, "evaluations": n, "samples": 20, "figures": {"figure": {"value": 0.5, "error": 0.01}}} for n in (1, 3)
+    ]
 
 
 def test_validation_measures_as_many_samples_as_it_is_asked_for(tmp_path, digits, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(digits.problem, "headlines", ())
-    monkeypatch.setattr(digits.problem, "scorer", lambda *_: lambda samples: [Measurement("figure", 0.5, 0.25)])
+    monkeypatch.setattr(digits.problem, "scorer", lambda *_: lambda samples: [MEASURED])
     trainer, module = fit(tmp_path, digits, Evaluate(samples=20, test_samples=30))
     trainer.validate(module, digits, verbose=False)
-    assert "30 samples of 10 classes in turn" in capsys.readouterr().out
+    assert "30 samples with the labels of the val split" in capsys.readouterr().out
     assert json.loads((tmp_path / "metrics.json").read_text())["samples"] == 30
 
 

@@ -1,6 +1,7 @@
 """What is asked for arrives: settings that pass through several hands before they act."""
 
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from flowmatch_mnist.data import batches, reflow
 from flowmatch_mnist.data.curve import CurveDataModule
 from flowmatch_mnist.data.digits import MNISTDataModule
 from flowmatch_mnist.data.reflow import ReflowDataModule, draw_pairs
+from flowmatch_mnist.evaluation.readers import weights_of
 from flowmatch_mnist.flow.couplings import COUPLINGS
 from flowmatch_mnist.flow.guidance import guide
 from flowmatch_mnist.images import mnist
@@ -138,5 +140,12 @@ def test_the_evaluator_is_trained_as_its_options_say(tmp_path, grey_digits, monk
     assert said["seed"] == "3" and "--epochs 1 --seed 3" in said["command"] and "torch" in json.loads(said["versions"])
     other, _ = trained("--epochs", 1, "--seed", 4)
     assert not all(torch.equal(weights[name], other[name]) for name in weights)
-    digitnet.train(*mnist.load(None, "train"), epochs=2, seed=0, batch_size=300)
+    digitnet.train("digitnet", *mnist.load(None, "train"), epochs=2, seed=0, batch_size=300)
     assert sizes[-1] == [300] * 4
+    others, said = trained("--net", "resnet", "--epochs", 1)
+    assert not set(others) <= set(weights) and "--net resnet --epochs 1 --seed 1" in said["command"]
+    monkeypatch.setattr(digitnet, "train", mock.Mock(side_effect=AssertionError("nothing is to be trained")))
+    again, measured = trained("--measure")
+    packaged, said = load_weights(weights_of("digitnet"))
+    assert all(torch.equal(again[name], value) for name, value in packaged.items())
+    assert measured["command"] == said["command"] and measured["real digits"] != said["real digits"]

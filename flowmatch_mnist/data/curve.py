@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowmatch_mnist.data.pairs import PairsDataModule
-from flowmatch_mnist.evaluation.metrics import Measurement
+from flowmatch_mnist.evaluation.estimates import Estimate, Measurement, mean, share
 from flowmatch_mnist.evaluation.problems import Labelled, Problem, Scorer
 from flowmatch_mnist.flow.couplings import CouplingName
 from flowmatch_mnist.sampling.generate import Samples
@@ -53,10 +53,10 @@ class Curve(Problem):
         """Mean distance to the curve, and the fraction of points whose nearest point of the curve is on their segment."""
         x = torch.linspace(0, LENGTH, 4001)
         distance, nearest = torch.cdist(samples.values, curve(x)).min(dim=1)
-        measurements = [Measurement("distance to the curve", distance.mean().item(), baseline=0.0)]
+        measurements = [Measurement("distance to the curve", mean(distance), real=Estimate(0.0, 0.0))]
         if self.classes > 1:
             right = self.segment(x[nearest]) == samples.labels
-            measurements.append(Measurement("on its segment", right.double().mean().item(), baseline=1.0))
+            measurements.append(Measurement("on its segment", share(right), real=Estimate(1.0, 0.0)))
         return measurements
 
     def pictures(self, samples: Samples) -> dict[str, Tensor]:

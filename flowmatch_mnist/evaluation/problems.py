@@ -5,7 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flowmatch_mnist.evaluation.metrics import Copies, Evaluator, Measurement
+from flowmatch_mnist.evaluation.copies import Copies
+from flowmatch_mnist.evaluation.estimates import Measurement
+from flowmatch_mnist.evaluation.evaluator import Evaluator
 from flowmatch_mnist.images.pictures import grid
 from flowmatch_mnist.images.pixels import PixelsName
 from flowmatch_mnist.sampling.generate import Samples
@@ -16,6 +18,12 @@ Labelled = tuple[Tensor, Tensor]
 
 Scorer = Callable[[Samples], list[Measurement]]
 """Scores samples; the first measurements are the most telling."""
+
+
+def labels_like(real: Tensor, count: int) -> Tensor:
+    """Labels (count,) in the proportions of the real ones (N,), in order; of N, as many of each class as there are."""
+    places = (torch.arange(count) + 0.5) * len(real) / count
+    return real.sort().values[places.long()]
 
 
 class Problem:
@@ -82,6 +90,6 @@ class Digits(OtherImages):
     headlines = tuple(f"quality/{title}" for title in ("Frechet distance ratio", "label accuracy", "precision", "recall"))
 
     def scorer(self, held_out: Labelled, training: Labelled, device: torch.device) -> Scorer:
-        """The evaluator: see `metrics.Evaluator`."""
+        """The evaluator: see `evaluator.Evaluator`."""
         evaluator = Evaluator(held_out, training, device)
         return lambda samples: evaluator.measure(samples.values, samples.labels)

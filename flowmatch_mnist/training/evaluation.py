@@ -12,8 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
 from flowmatch_mnist.data.pairs import PairsDataModule
-from flowmatch_mnist.evaluation.metrics import Measurement, table
-from flowmatch_mnist.evaluation.problems import Scorer
+from flowmatch_mnist.evaluation.estimates import Estimate, Measurement, table
+from flowmatch_mnist.evaluation.problems import Scorer, labels_like
 from flowmatch_mnist.sampling.generate import Sampler, Samples, draw_noise, generate
 from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.files import save_json
@@ -28,20 +28,26 @@ QUALITY = "quality"
 """What the names of all figures begin with."""
 
 
+def told(estimate: Estimate) -> dict[str, float]:
+    """A figure and its error, as a file holds them."""
+    return {"value": round(estimate.value, 6), "error": round(estimate.error, 6)}
+
+
 class Evaluate(Periodic):
     """Measures samples drawn with the averaged weights, so that quality is watched, and not the loss alone.
 
     While training it measures a few, into the loggers, and into Lightning's metrics, so that `--checkpoint.monitor`, early
     stopping and others can go by them. In `validate` and `test` it measures many: prints a table, and writes
     `metrics.json` beside the checkpoint; then a few again by other numbers of steps, as curves over the evaluations into
-    TensorBoard too. What is measured is for the problem to say. Each process draws a share of the samples, the same samples
-    whatever the number of processes; one of them measures all.
+    TensorBoard too. What is measured is for the problem to say. Samples have the labels of the real data that they are measured
+    beside, in the same proportions. Each process draws a share of the samples, the same samples whatever the number of
+    processes; one of them measures all.
 
     Args:
         every_n_epochs: how often to measure while training, in epochs; 0 is never.
         every_n_steps: how often to measure while training, in optimizer steps; 0 is never.
-        samples: how many are drawn while training, the classes in turn.
-        test_samples: how many are drawn in `validate` and `test`, the classes in turn.
+        samples: how many are drawn while training.
+        test_samples: how many are drawn in `validate` and `test`.
         steps: of the sampler, by which `validate` and `test` measure `samples` more each.
         seed: of the noise.
 
@@ -97,12 +103,13 @@ class Evaluate(Periodic):
 
     def act(self, trainer: Trainer, module: FlowMatching) -> None:
         """Measure a few samples beside the validation data, log the measurements and print the most telling."""
-        samples = self.sample(trainer, module, module.sampler, self.samples)
+        samples = self.sample(trainer, module, module.sampler, "val", self.samples)
         if trainer.is_global_zero:
             measurements = self.measure(trainer, module, samples, "val")
-            self._figures = {m.tag: float(m.score) for m in measurements}
-            log_scalars(trainer, self._figures, last_step(trainer))
-            words = [f"{m.title} {m.score:.3f}" for m in measurements if m.main]
+            self._figures = {m.tag: m.score.value for m in measurements}
+            errors = {m.error_tag: m.score.error for m in measurements}
+            log_scalars(trainer, self._figures | errors, last_step(trainer))
+            words = [f"{m.title} {m.score}" for m in measurements if m.main]
             print(f"step {trainer.global_step}: {len(samples.labels)} samples, {', '.join(words[:4])}", flush=True)
         self._figures = trainer.strategy.broadcast(self._figures)  # in all processes, so that they decide alike
         self._tell(trainer)
@@ -110,7 +117,7 @@ class Evaluate(Periodic):
     def report(self, trainer: Trainer, module: FlowMatching, split: Literal["val", "test"]) -> None:
         """Measure many samples beside the split, print the table and write the file."""
         started = time.perf_counter()
-        samples = self.sample(trainer, module, module.sampler, self.test_samples)
+        samples = self.sample(trainer, module, module.sampler, split, self.test_samples)
         drawn = time.perf_counter()
         by_steps = self.by_steps(trainer, module, split)
         if not trainer.is_global_zero:
@@ -119,14 +126,13 @@ class Evaluate(Periodic):
         measurements = self.measure(trainer, module, samples, split)
         seconds = {"drawing": round(drawn - started, 1), "measuring": round(time.perf_counter() - begun, 1)}
         loss = trainer.callback_metrics[f"loss/{split}"].item()
-        classes = module.net.no_label
         print(
-            f"{len(samples.labels):,} samples of {classes} class{'es' * (classes > 1)} in turn, "
-            f"{module.sampler.description()} (NFE {samples.evaluations}), seed {self.seed}; beside the {split} split\n"
-            f"{table(measurements)}\n{f'loss/{split}':36}{loss:10.4f}"
+            f"{len(samples.labels):,} samples with the labels of the {split} split, {module.sampler.description()} "
+            f"(NFE {samples.evaluations}), seed {self.seed}; beside that split\n"
+            f"{table(measurements)}\n{f'loss/{split}':36}{loss:18.4f}"
         )
         for number, point in enumerate(by_steps):
-            scores = ", ".join(f"{title} {value:.3f}" for title, value in point["figures"].items())
+            scores = ", ".join(f"{title} {Estimate(**figure)}" for title, figure in point["figures"].items())
             print(f"{'and' if number else f'{self.samples:,} samples'} by {point['evaluations']} evaluations: {scores}")
         checkpoint = Path(str(trainer.ckpt_path))
         report = checkpoint.with_name("metrics.json")
@@ -135,7 +141,7 @@ class Evaluate(Periodic):
             {
                 "checkpoint": checkpoint.name,
                 "split": split,
-                "figures": {m.name: {"samples": round(m.value, 6), "real data": round(m.baseline, 6)} for m in measurements},
+                "figures": {m.name: {"samples": told(m.samples), "real data": told(m.real)} for m in measurements},
                 f"loss/{split}": round(loss, 6),
                 "samples": len(samples.labels),
                 "sampler": asdict(module.sampler),
@@ -155,13 +161,13 @@ class Evaluate(Periodic):
             return []
         points: list[dict[str, Any]] = []
         for steps in self.steps:
-            samples = self.sample(trainer, module, replace(module.sampler, steps=steps), self.samples)
+            samples = self.sample(trainer, module, replace(module.sampler, steps=steps), split, self.samples)
             if trainer.is_global_zero:
                 measurements = self.measure(trainer, module, samples, split)
-                figures = {m.title: m.score for m in measurements if m.tag in headlines}
+                figures = {m.title: told(m.score) for m in measurements if m.tag in headlines}
                 points.append({"steps": steps, "evaluations": samples.evaluations, "samples": self.samples, "figures": figures})
         for title in points[0]["figures"] if points else []:
-            curve = {point["evaluations"]: point["figures"][title] for point in points}
+            curve = {point["evaluations"]: point["figures"][title]["value"] for point in points}
             log_curve(trainer, f"quality_by_evaluations/{title}", curve)
         return points
 
@@ -172,10 +178,10 @@ class Evaluate(Periodic):
             self._scorers[split] = data.problem.scorer(data.real(split), data.real("train"), module.device)
         return self._scorers[split](samples)
 
-    def sample(self, trainer: Trainer, module: FlowMatching, sampler: Sampler, count: int) -> Samples:
-        """Draw `count` samples, a share in each process, and bring them together in every process."""
+    def sample(self, trainer: Trainer, module: FlowMatching, sampler: Sampler, split: str, count: int) -> Samples:
+        """Draw `count` samples, labelled as a split is, a share in each process, and bring them together in every process."""
         rank, ranks = trainer.global_rank, trainer.world_size
-        labels = torch.arange(count) % module.net.no_label
+        labels = labels_like(trainer.datamodule.real(split)[1], count)  # type: ignore[attr-defined]
         noise = draw_noise(count, module.net.shape, streams.generator("cpu", self.seed, "sampling"))
         numbers = torch.arange(rank, count, ranks)
         bar = trainer.progress_bar_callback

@@ -1,0 +1,144 @@
+"""The evaluator: all that is measured of digits, beside a baseline: real digits, scored in the same way."""
+
+import json
+import zlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from flowmatch_mnist.evaluation.copies import Copies
+from flowmatch_mnist.evaluation.estimates import Estimate, Measurement, mean, share
+from flowmatch_mnist.evaluation.metrics import FrechetDistance, Manifold, read_digits
+from flowmatch_mnist.evaluation.readers import READERS, Reader, claims, reader
+from flowmatch_mnist.support import streams
+from flowmatch_mnist.support.errors import UserError
+
+DRAWS = 10
+"""Over how many draws of real training digits the baseline of distances, precision and recall is the mean."""
+
+
+def draw_like(labels: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """The numbers of training images with these labels (N,), as many of each digit as in `counts`: (DRAWS, sum of counts).
+
+    Raises:
+        UserError: if there are fewer of a digit.
+    """
+    draws = []
+    for number in range(DRAWS):
+        order = torch.randperm(len(labels), generator=streams.generator("cpu", "baseline", number))
+        draws.append(torch.cat([order[labels[order] == digit][:count] for digit, count in enumerate(counts)]))
+    if len(draws[0]) < sum(counts):
+        raise UserError(
+            f"{sum(counts)} samples are more than there are training images of each digit to compare with; draw fewer"
+        )
+    return torch.stack(draws)
+
+
+def counts_of(labels: Tensor) -> tuple[int, ...]:
+    """How many there are of each digit."""
+    return tuple(torch.bincount(labels, minlength=10).tolist())
+
+
+def fingerprint(images: Tensor) -> int:
+    """A number that tells one set of images uint8 (N, 28, 28) from others."""
+    return zlib.crc32(images.cpu().numpy().tobytes())
+
+
+class Sight:
+    """What one classifier sees.
+
+    Args:
+        net: the classifier, wherever it should read.
+        held_out: images uint8 (M, 28, 28) and their labels (M,), to compare with.
+    """
+
+    def __init__(self, net: Reader, held_out: tuple[Tensor, Tensor]) -> None:
+        self.net = net
+        images, labels = held_out
+        features, digits = read_digits(self.net, images)
+        self.right = digits == labels
+        self.frechet = FrechetDistance(features)
+        self.manifold = Manifold(features.float())
+
+    def baseline(self, images: Tensor, draws: Tensor) -> list[Estimate]:
+        """Fréchet distance, precision and recall of real images, the means over draws of their numbers (draws, N)."""
+        read, where = draws.unique(return_inverse=True)
+        features, _ = read_digits(self.net, images[read])
+        scores = []
+        for some in where:
+            drawn = features[some]
+            shared = Manifold(drawn.float()).shared_with(self.manifold)
+            scores.append([self.frechet(drawn), *(those.double().mean().item() for those in shared)])
+        return [mean(each) for each in torch.tensor(scores).T]
+
+    def measure(self, images: Tensor, labels: Tensor, baseline: list[Estimate]) -> tuple[list[Measurement], Tensor]:
+        """The measurements of images, the most telling first, and which of them are read as their labels, (N,)."""
+        features, digits = read_digits(self.net, images)
+        right = digits == labels
+        precise, recalled = Manifold(features.float()).shared_with(self.manifold)
+        distance, precision, recall = baseline
+        return [
+            Measurement("label accuracy", share(right), share(self.right)),
+            Measurement("Frechet distance", self.frechet.estimate(features), distance, ratio=True),
+            Measurement("precision", share(precise), precision),
+            Measurement("recall", share(recalled), recall),
+        ], right
+
+
+class Evaluator:
+    """Measures digits beside real ones that were held out, as each of the two classifiers sees them.
+
+    The baseline of distances, precision and recall is the mean over ten draws of real training digits, each of as many of each
+    class as were drawn. For as many as the official test images, beside those, the classifiers' files know it. The baseline of
+    label accuracy and near copies is that of the held-out images.
+
+    Args:
+        held_out: images uint8 (M, 28, 28) and their labels (M,), to compare with.
+        training: images uint8 (N, 28, 28) and their labels (N,), that the model was trained on.
+        device: where to measure.
+
+    Raises:
+        UserError: if fewer than 10 images are held out.
+    """
+
+    def __init__(
+        self, held_out: tuple[Tensor, Tensor], training: tuple[Tensor, Tensor], device: torch.device | str = "cpu"
+    ) -> None:
+        if len(held_out[0]) < 10:
+            raise UserError(f"{len(held_out[0])} held-out images are too few to measure samples beside; raise val_size")
+        images, self.labels = held_out
+        self.training, self.training_labels = training
+        self.sights = {name: Sight(reader(name).to(device), held_out) for name in READERS}
+        self.copies = Copies(images, self.training, device)
+        self._baselines: dict[tuple[int, ...], dict[str, list[Estimate]]] = {}
+        known = {name: json.loads(claims(name).get("real digits", "{}")) for name in READERS}
+        if all(baseline.get("beside") == fingerprint(images) for baseline in known.values()):
+            self._baselines[counts_of(self.labels)] = {
+                name: [Estimate(*estimate) for estimate in baseline["scores"]] for name, baseline in known.items()
+            }
+
+    def measure(self, images: Tensor, labels: Tensor) -> list[Measurement]:
+        """All measures of digits uint8 (N, 28, 28) drawn for labels int64 (N,), N at least 2.
+
+        Raises:
+            UserError: if there are fewer training images of a digit than samples.
+        """
+        counts = counts_of(labels)
+        if counts not in self._baselines:
+            draws = draw_like(self.training_labels, counts)
+            self._baselines[counts] = {name: sight.baseline(self.training, draws) for name, sight in self.sights.items()}
+        seen = {name: sight.measure(images, labels, self._baselines[counts][name]) for name, sight in self.sights.items()}
+        first, *others = seen
+        measurements, right = seen[first]
+        found = [*measurements, *self.copies.measure(images)]
+        for other in others:
+            found += [Measurement(f"{other}/{m.name}", m.samples, m.real, m.ratio) for m in seen[other][0]]
+        return [*found, *self._by_digit(labels, right, self.sights[first].right)]
+
+    def _by_digit(self, labels: Tensor, right: Tensor, really_right: Tensor) -> Iterator[Measurement]:
+        """The label accuracy of each digit that was drawn."""
+        for digit in labels.unique().tolist():
+            drawn, real = right[labels == digit], really_right[self.labels == digit]
+            if len(real):
+                yield Measurement(f"label accuracy by digit/{digit}", share(drawn), share(real))
