@@ -1,6 +1,7 @@
 """Wall time to quality: how good the digits are, minutes after `train.py` was typed.
 
     python benchmarks/time_to_quality.py --config configs/quick.yaml --seeds 0 1 2
+    python benchmarks/time_to_quality.py --config configs/quick.yaml older.yaml --last-only
 
 The time runs from the start of the process to its end, with loading, compiling anew, validation and saving, without the
 evaluations and pictures that the config asks for: those are turned off. On the way the averaged weights are put aside every so
@@ -8,6 +9,7 @@ often, and measured when the run is over. Writes `docs/time_to_quality.json` and
 """
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
@@ -55,10 +57,10 @@ class PutAside(Callback):
             self.due += self.every
 
 
-def train(options: argparse.Namespace, seed: int) -> list[tuple[float, Path]]:
+def train(options: argparse.Namespace, config: Path, seed: int) -> list[tuple[float, Path]]:
     """Train by `train.py`; the seconds and the files of what was put aside, and of what came out."""
-    name = f"time_to_quality_{seed}"
-    command = [sys.executable, ROOT / "train.py", "fit", "--config", options.config, "--name", name, "--seed_everything", seed]
+    name = f"time_to_quality_{config.stem}_{seed}"
+    command = [sys.executable, ROOT / "train.py", "fit", "--config", config, "--name", name, "--seed_everything", seed]
     command += ["--trainer.callbacks+=time_to_quality.PutAside", f"--trainer.callbacks.every={options.every}"]
     for what in ("evaluation", "sampling"):
         command += [f"--{what}.every_n_steps=0", f"--{what}.every_n_epochs=0"]
@@ -76,9 +78,9 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """The ratio of Frechet distances and the label accuracy over the minutes, a curve for each seed."""
     figure = Figure(figsize=(11, 4.5), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2)
-    for seed, points in runs.items():
+    for run, points in runs.items():
         minutes = [point["seconds"] / 60 for point in points]
-        left.plot(minutes, [point["Frechet distance ratio"] for point in points], marker=".", label=f"seed {seed}")
+        left.plot(minutes, [point["Frechet distance ratio"] for point in points], marker=".", label=run)
         right.plot(minutes, [point["label accuracy"] for point in points], marker=".")
     left.set(yscale="log", xlabel="minutes", ylabel="Frechet distance, over that of real data")
     left.set_yticks(ticks := [1, 1.5, 2, 3, 5, 10], [str(tick) for tick in ticks])
@@ -93,7 +95,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def main() -> None:
     """Train for each seed, measure what was put aside, print, write and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/quick.yaml")
+    parser.add_argument("--config", type=Path, nargs="+", default=[Path("configs/quick.yaml")], help="one or several")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--every", type=float, default=2.0, metavar="MINUTES", help="between what is put aside (default: 2)")
     parser.add_argument("--samples", type=int, default=10_000, help="digits drawn for each point (default: 10000)")
@@ -106,13 +108,14 @@ def main() -> None:
         raise UserError("--samples must be at least 1000, and --every more than 0")
     score = Judge(device=options.device)
     runs: dict[str, list[dict[str, Any]]] = {}
-    for seed in options.seeds:
-        points = runs[str(seed)] = []
-        for seconds, path in train(options, seed)[-options.last_only :]:
+    for seed, config in itertools.product(options.seeds, options.config):  # in turns, so that a slow hour meets all alike
+        run = f"{config.stem}, seed {seed}"
+        points = runs[run] = []
+        for seconds, path in train(options, config, seed)[-options.last_only :]:
             flow, sampler = load(path, options.device)
             points.append({"seconds": seconds, **measure(flow, sampler, score, options.samples, seed)})
-            print(f"seed {seed}: {words(points[-1])}", flush=True)
-            save_json(options.out.with_suffix(".json"), {"config": options.config, "samples": options.samples, "runs": runs})
+            print(f"{run}: {words(points[-1])}", flush=True)
+            save_json(options.out.with_suffix(".json"), {"samples": options.samples, "runs": runs})
             draw(runs, options.out.with_suffix(".png"))
 
 
