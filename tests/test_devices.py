@@ -253,7 +253,7 @@ ASSUMPTIONS = {
     "evaluation/evaluator.py": {"item": 1, "tolist": 2, "double": 1, "numpy": 1},
     "evaluation/metrics.py": {"item": 2, "double": 1},
     "flow/couplings.py": {"numpy": 1},  # SciPy assigns on the CPU; a GPU is waited for, once a batch
-    "flow/exact.py": {"tolist": 1, "type": 2, "nonzero": 1},  # when it is made; class by class on a processor alone
+    "flow/exact.py": {"tolist": 1, "type": 1, "nonzero": 1},  # when it is made; class by class on a processor alone
     "flow/guidance.py": {"item": 1},  # of a time on the CPU
     "flow/meanflow.py": {"type": 1},  # autocast wants the device's name
     "flow/solvers.py": {"float64": 2, "tolist": 2},  # times on the CPU; one check for a solve

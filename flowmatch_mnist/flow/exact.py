@@ -15,6 +15,8 @@ Sources: Xu, Tong and Jaakkola 2023, "Stable Target Field for Reduced Variance S
 target); Bertrand et al. 2025, "On the Closed-Form of Flow Matching: Generalization Does Not Arise from Target Stochasticity".
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,8 +51,10 @@ class ExactField:
         """
         x_t = path.point(x0, x1, t)
         early = (t < until) & (y < len(self.counts))
-        with torch.autocast(x1.device.type, enabled=False):
-            if x1.device.type == "cpu":  # each class by itself, and only for the points that ask for it
+        device = x1.device.type
+        # Asked first: not every kind of device knows autocast.
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            if device == "cpu":  # each class by itself, and only for the points that ask for it
                 means, start = x1.clone(), 0
                 for label, count in enumerate(self.counts):
                     rows = (early & (y == label)).nonzero().flatten()
