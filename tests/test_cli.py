@@ -78,7 +78,8 @@ def test_a_second_run_leaves_the_first_as_it_is_and_options_override_the_config(
     arguments += ["--evaluation.every_n_epochs", 1, "--evaluation.samples", 20]
     done = run_here("train.py", "fit", *arguments, "--model.net.channels", "[4,4,4]", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"step 6: 20 samples, label accuracy 0\.\d+, Frechet distance ratio [\d.]+, precision", done.stdout)
+    figures = r"label accuracy 0\.\d+ ± [\d.]+, Frechet distance ratio [\d.]+ ± [\d.]+, precision"
+    assert re.search(f"step 6: 20 samples, {figures}", done.stdout)
     log = events(tmp_path / "runs/tiny/version_1")
     assert log.Scalars("quality/Frechet distance ratio")[0].step == 5, "counted from 0, as the losses are"
     assert (

@@ -192,7 +192,7 @@ def test_ten_lines_train_the_toy():
     (before,) = Curve().measure(generate(flow, labels, Sampler(10)))
     train(net, points, 400, 4e-3)
     (after,) = Curve().measure(generate(flow, labels, Sampler(10)))
-    assert before.value > 1 and after.value < 0.4
+    assert before.samples.value > 1 and after.samples.value < 0.4
 
 
 def test_ten_lines_train_digits(data_dir):

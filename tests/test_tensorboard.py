@@ -57,11 +57,15 @@ def test_scalars_have_few_groups_and_telling_names(ask):
     assert {tag.split("/")[0] for tag in tags} == {
         "loss",
         "loss_by_time",
+        "loss_exact",
         "optimizer",
         "speed",
         "quality",
         "quality_details",
+        "quality_errors",
+        "quality_details_errors",
     }
+    assert {"loss_exact/val 0.0 to 0.1", "loss_exact/val 0.1 to 0.2", "quality_errors/Frechet distance ratio"} <= tags
     assert {"quality/label accuracy", "quality/Frechet distance ratio", "quality/precision", "quality/recall"} <= tags
     steps, values = zip(*[point[1:] for point in ask("scalars/scalars", run=RUN, tag="loss/val")], strict=True)
     assert steps == (5, 11) and all(0 < value < 10 for value in values)
