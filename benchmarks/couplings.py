@@ -16,7 +16,7 @@ import torch
 from scoring import Judge
 
 from flowmatch_mnist.data.curve import Curve
-from flowmatch_mnist.evaluation.metrics import Measurement
+from flowmatch_mnist.evaluation.estimates import Measurement
 from flowmatch_mnist.flow.couplings import COUPLINGS
 from flowmatch_mnist.sampling.generate import Sampler, generate
 from flowmatch_mnist.sampling.weights import load, newest_checkpoint

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from flowmatch_mnist.evaluation.estimates import share
 from flowmatch_mnist.evaluation.evaluator import Sight, counts_of, draw_like, fingerprint
-from flowmatch_mnist.evaluation.metrics import read_digits
 from flowmatch_mnist.evaluation.readers import READERS, Reader, claims, reader, weights_of
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.images.pixels import PIXELS
@@ -99,12 +98,6 @@ def train(name: str, images: Tensor, labels: Tensor, epochs: int, seed: int, bat
     return net.eval()
 
 
-def real_digits(net: Reader, training: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> str:
-    """What training digits get beside the test digits, as many of each class: the evaluator's baseline, as JSON."""
-    scores = Sight(net, test).baseline(training[0], draw_like(training[1], counts_of(test[1])))
-    return json.dumps({"beside": fingerprint(test[0]), "scores": scores})
-
-
 def main() -> None:
     """Train, measure on the official test images, and write the weights."""
     parser = CommandParser(prog="python -m flowmatch_mnist.digitnet", description=__doc__)
@@ -131,8 +124,12 @@ def main() -> None:
             "seed": str(seed),
             "versions": json.dumps({"torch": torch.__version__}),
         }
-    accuracy = share(read_digits(net, test[0])[1] == test[1]).value
-    measured = {"test_accuracy": f"{accuracy:.4f}", "real digits": real_digits(net, training, test)}
+    sight = Sight(net, test)
+    accuracy = share(sight.right).value
+    # The evaluator's baseline: what training digits get beside the test digits, as many of each class.
+    scores = sight.baseline(training[0], draw_like(training[1], counts_of(test[1])))
+    real = json.dumps({"beside": fingerprint(test[0]), "scores": scores})
+    measured = {"test_accuracy": f"{accuracy:.4f}", "real digits": real}
     save_weights(out, net.state_dict(), metadata | measured)
     print(f"{accuracy:.2%} of the {len(test[1]):,} test images read right; wrote {out}")
 
