@@ -4,7 +4,8 @@ python sample.py 7
 python sample.py 0-9 --per-class 8
 python sample.py 3 1 4 1 5 --out pi.gif
 python sample.py 7 --interpolate 10                       from one noise to another
-python sample.py 0-9 --from-image test:0                  the noise of a real digit, under every label
+python sample.py 0-9 --from-image seven.jpg:7             your own seven, and its hand in every class
+python sample.py 0-9 --from-image test:0                  the same with a digit of MNIST's test set
 """
 
 import argparse
@@ -90,7 +91,11 @@ def parse() -> argparse.Namespace:
     add = group.add_argument
     add("--interpolate", type=positive, metavar="N", help="N noises in each row, along the sphere from one to another")
     add(
-        "--from-image", type=image, action="append", metavar="FILE:LABEL", help="a digit's noise; test:N is of MNIST's test set"
+        "--from-image",
+        type=image,
+        action="append",
+        metavar="FILE:LABEL",
+        help="the noise of a digit, which is shown in the first column: any picture of one, or test:N of MNIST's test set",
     )
     add("--data-dir", type=Path, default="data", metavar="DIR", help="where MNIST is, for test:N (default: data)")
     options = parser.parse_args()

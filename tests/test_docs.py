@@ -5,6 +5,7 @@ import shlex
 
 import pytest
 from conftest import ROOT, run_here, unix
+from test_strokes import seven
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / ".github" / "CONTRIBUTING.md"]
 
@@ -40,6 +41,7 @@ def test_the_code_of_the_pages_runs(tmp_path, monkeypatch, data_dir):
 def test_drawing_commands_draw(command, tmp_path, data_dir):
     words = shlex.split(command)[2:]
     (tmp_path / "data").symlink_to(data_dir)
+    seven().save(tmp_path / "seven.jpg")
     if "--weights" not in words and "--checkpoint" not in words:
         words += ["--weights", "mnist"]
     if "--per-class" in words and int(words[words.index("--per-class") + 1]) > 100:

@@ -26,7 +26,7 @@ HOUSE = {
         "loss",
         "solvers",
     ],
-    "images": ["mnist", "pixels", "pictures"],
+    "images": ["mnist", "pixels", "pictures", "strokes"],
     "sampling": ["units", "generate", "weights", "likelihood", "export", "request"],
     "evaluation": ["readers", "estimates", "metrics", "copies", "evaluator", "problems"],
     "data": ["batches", "pairs", "digits", "curve", "reflow"],

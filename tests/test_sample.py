@@ -29,7 +29,7 @@ CHECKPOINT = "runs/tiny/version_0/checkpoints/last.ckpt"
 def sample(cwd, *arguments, run=run_here):
     done = run("sample.py", *arguments, cwd=cwd)
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == 2
+    assert len(done.stdout.splitlines()) == 2 + sum(str(argument).startswith("seven.png") for argument in arguments)
     return done.stdout
 
 

@@ -6,7 +6,6 @@ import time
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.images.pictures import grid, save_gif, save_npz, save_png
+from flowmatch_mnist.images.strokes import prepare
 from flowmatch_mnist.sampling.generate import Flow, draw_noise, generate, interpolate, invert
 from flowmatch_mnist.sampling.weights import load_digits, with_changes
 from flowmatch_mnist.support import streams
@@ -26,36 +26,56 @@ FRAMES = 61
 """At most as many states make up an animation."""
 
 
-def noise_of(file: str, number: int, flow: Flow, data_dir: Path) -> Tensor:
-    """The noise that the flow carries to a picture, (1, 28, 28)."""
+def digit_of(file: str, number: int, data_dir: Path) -> tuple[Tensor, int]:
+    """A picture as MNIST would hold it, uint8 (28, 28), and its label. What was done to a person's own picture is printed."""
     if file == "test":
         mnist.prepare(data_dir)
         images, labels = mnist.load(data_dir, "test")
-        pixels, label = images[number : number + 1], int(labels[number])
-    else:
-        try:
-            with Image.open(file) as picture:
-                pixels, label = torch.from_numpy(np.array(picture.convert("L").resize((28, 28))))[None], number
-        except (FileNotFoundError, IsADirectoryError, PermissionError):
-            raise
-        except Exception as error:  # decoders raise whatever damaged or oversized pictures lead to
-            raise UserError(f"{file} is no picture, or damaged; give a PNG of a white digit on black") from error
-    return invert(flow, flow.units.encode(pixels), torch.tensor([label]))[0]
+        return images[number], int(labels[number])
+    try:
+        with Image.open(file) as picture:
+            picture.load()
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except Exception as error:  # decoders raise whatever damaged or oversized pictures lead to
+        raise UserError(f"{file} is no picture, or damaged; give a picture of one digit, such as a PNG or a JPEG") from error
+    try:
+        digit, done = prepare(picture)
+    except ValueError as error:
+        raise UserError(f"{file} holds no digit: {error}; give a picture of one digit on a plain background") from error
+    print(f"{file}: {done}")
+    return digit, number
 
 
-def noises(options: argparse.Namespace, columns: int, rows: int, flow: Flow) -> Tensor | None:
-    """The noise (N, 1, 28, 28) that was asked for in place of the seed's, row after row of the grid; None for the seed's."""
-    given = [noise_of(file, number, flow, options.data_dir) for file, number in options.from_image or []]
+def noises(options: argparse.Namespace, given: list[tuple[Tensor, int]], columns: int, rows: int, flow: Flow) -> Tensor | None:
+    """The noise (N, 1, 28, 28) in place of the seed's, row after row of the grid; None for the seed's.
+
+    Args:
+        options: of the command line.
+        given: digits uint8 (28, 28) whose noise is asked for, and their labels.
+        columns: of the grid.
+        rows: of the grid.
+        flow: which carries the noise to the digits.
+    """
+    found = [invert(flow, flow.units.encode(digit[None]), torch.tensor([label]))[0] for digit, label in given]
     if not options.interpolate:
-        return torch.stack(given * columns) if given else None
+        return torch.stack(found * columns) if found else None
     ends = draw_noise(2 * rows, flow.net.shape, streams.generator("cpu", options.seed, "sampling")).unflatten(0, (rows, 2))
-    for place, noise in enumerate(given):
+    for place, noise in enumerate(found):
         ends[:, place] = noise
     return torch.cat([interpolate(first, last, options.interpolate) for first, last in ends])
 
 
+def between(images: Tensor, columns: int, given: list[tuple[Tensor, int]]) -> Tensor:
+    """Images (N, 28, 28) in rows, with the digits whose noise they come from before and after: a grid, for people."""
+    rows = images.unflatten(0, (-1, columns))
+    ends = [digit.expand(len(rows), 1, *digit.shape) for digit, _ in given]
+    return grid(torch.cat([*ends[:1], rows, *ends[1:]], dim=1).flatten(0, 1), columns + len(ends))
+
+
 def fulfil(options: argparse.Namespace, started: float) -> None:
     """Draw, write, and say what was done and how long it took since `started`, in seconds of `time.perf_counter`."""
+    given = [digit_of(file, number, options.data_dir) for file, number in options.from_image or []]
     device = options.device or default_device()
     model, flow, sampler = load_digits(PRETRAINED[options.weights] if options.weights else options.checkpoint, device)
     settings = ("steps", "solver", "guidance", "guidance_interval", "spacing", "churn")
@@ -66,7 +86,7 @@ def fulfil(options: argparse.Namespace, started: float) -> None:
         columns, y = options.interpolate, asked_labels.repeat(options.per_class).repeat_interleave(options.interpolate)
     else:  # a column for each label
         columns, y = len(asked_labels), asked_labels.repeat(options.per_class)
-    noise = noises(options, columns, len(y) // columns, flow)
+    noise = noises(options, given, columns, len(y) // columns, flow)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("drawing", total=len(y))
         digits = generate(
@@ -82,13 +102,13 @@ def fulfil(options: argparse.Namespace, started: float) -> None:
 
     match options.out.suffix.lower():
         case ".png":
-            save_png(grid(digits.values, columns), options.out)
+            save_png(between(digits.values, columns, given), options.out)
         case ".npz":
             save_npz(options.out, images=digits.values, labels=digits.labels)
         case ".gif":
             assert digits.states is not None
             shown = torch.linspace(0, len(digits.states) - 1, min(len(digits.states), FRAMES)).round().long()
-            save_gif(torch.stack([grid(frame, columns) for frame in digits.states[shown]]), options.out)
+            save_gif(torch.stack([between(frame, columns, given) for frame in digits.states[shown]]), options.out)
     how = f"{sampler.description()}, {digits.evaluations} evaluations each, seed {options.seed}"
     print(f"drew {len(y)} digit{'s' * (len(y) > 1)} with {model} ({how})")
     print(f"wrote {options.out} after {time.perf_counter() - started:.1f} s")

@@ -1,0 +1,139 @@
+"""A digit of one's own: any picture of one, prepared as the makers of MNIST prepared theirs.
+
+They scaled each digit, with its proportions kept, into a box of 20 by 20 pixels, and put its centre of mass at the centre of a
+field of 28 by 28. Source: LeCun, Cortes and Burges, "The MNIST database of handwritten digits".
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter, ImageOps
+from scipy import ndimage
+from torch import Tensor
+
+FIELD, BOX = 28, 20
+"""Pixels of an image, and of the box that a digit fills in its longer direction."""
+
+WIDTH = 2.5
+"""Thinner strokes, in pixels of the box, are thickened to this. Three in four of MNIST's are at least as wide."""
+
+FAINTEST = 24
+"""Grey levels, of 255, by which a stroke must differ from its background."""
+
+SLIGHT = 4
+"""Grey levels that make no difference, such as those that JPEG leaves around a stroke."""
+
+LARGEST = 1000
+"""Pixels: larger pictures are reduced to this first."""
+
+Greys = NDArray[np.float64]
+"""Grey levels (H, W), from 0."""
+
+
+def prepare(picture: Image.Image) -> tuple[Tensor, str]:
+    """A picture of one digit as MNIST would hold it: a white stroke on black, uint8 (28, 28); and what was done, in words.
+
+    Raises:
+        ValueError: if it holds no stroke.
+    """
+    picture = ImageOps.exif_transpose(picture)
+    picture.thumbnail((LARGEST, LARGEST))
+    done = []
+    if has_alpha(picture):
+        done.append("laid on white")
+        greys = on(picture, "white")
+        if np.ptp(greys) < FAINTEST:  # a white stroke
+            done[0] = "laid on black"
+            greys = on(picture, "black")
+    elif picture.mode in ("F", "I") or picture.mode.startswith("I;"):  # more levels than 255
+        greys = np.asarray(picture, dtype=np.float64)
+        greys = 255 * (greys - greys.min()) / max(np.ptp(greys), 1e-9)
+    else:
+        greys = np.asarray(picture.convert("L"), dtype=np.float64)
+
+    ink, inverted = stroke(greys)
+    if inverted:
+        done.append("inverted")
+    rows, columns = np.nonzero(ink.any(1))[0], np.nonzero(ink.any(0))[0]
+    cut = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    boxed, thickened = fit_box(cut)
+    if boxed.shape != cut.shape:
+        done.append("scaled from {} x {} to {} x {} pixels".format(*cut.shape[::-1], *boxed.shape[::-1]))
+    if thickened:
+        done.append("thickened")
+    field = centred(boxed)
+    if field.shape == greys.shape and np.abs(field - greys).max() <= SLIGHT:
+        field, done = greys, ["taken as it is"]
+    else:
+        done.append("centred")
+    return torch.from_numpy(field.round().astype(np.uint8)), ", ".join(done)
+
+
+def has_alpha(picture: Image.Image) -> bool:
+    """Whether some of a picture is transparent."""
+    return picture.has_transparency_data and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255
+
+
+def on(picture: Image.Image, colour: str) -> Greys:
+    """The grey levels of a picture laid on a colour."""
+    picture = picture.convert("RGBA")
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, colour), picture).convert("L"), dtype=np.float64)
+
+
+def stroke(greys: Greys) -> tuple[Greys, bool]:
+    """By how much each pixel differs from the background, 0 to 255 and 0 there; and whether the stroke is the darker one.
+
+    The background is what most of the picture's edge is like. What differs from it by no more than the edge does in itself is
+    background too, and so are specks that hold less than a hundredth of the ink.
+
+    Raises:
+        ValueError: if nothing differs, or nearly all.
+    """
+    ring = np.ones(greys.shape, bool)
+    wide = max(1, min(greys.shape) // 25)
+    ring[wide:-wide, wide:-wide] = False
+    level = np.median(greys[ring])
+    uneven = 3 * np.quantile(np.abs(greys[ring] - level), 0.9)
+    lighter, darker = (np.where(d > max(uneven, SLIGHT), d, 0) for d in (greys - level, level - greys))
+    inverted = bool(darker.sum() > lighter.sum())
+    ink = darker if inverted else lighter
+    parts, _ = ndimage.label(ink, np.ones((3, 3)))
+    share = ndimage.sum(ink, parts, np.arange(parts.max() + 1)) / max(ink.sum(), 1)
+    ink = np.where(share[parts] >= 0.01, ink, 0)
+    if ink.max() < FAINTEST:
+        raise ValueError("nothing stands out from the background")
+    if (ink > 0).mean() > 0.6:
+        raise ValueError("what stands out covers most of it")
+    return 255 * ink / ink.max(), inverted
+
+
+def fit_box(ink: Greys) -> tuple[Greys, bool]:
+    """A stroke scaled until its longer side fills the box, and whether it was too thin, and thickened: (h, w) -> (h', w')."""
+    picture = Image.fromarray(ink.round().astype(np.uint8))
+    if max(picture.size) > 10 * BOX:
+        picture = resized(picture, 10 * BOX)
+    inside = np.pad(np.asarray(picture) > 127, 1)
+    edge = inside & ~ndimage.binary_erosion(inside)
+    missing = WIDTH * max(picture.size) / BOX - 2 * inside.sum() / max(edge.sum(), 1)
+    half = round(missing / 2)
+    if half > 0:
+        picture = ImageOps.expand(picture, half).filter(ImageFilter.MaxFilter(2 * half + 1))
+    boxed = np.asarray(resized(picture, BOX), dtype=np.float64)
+    return 255 * boxed / boxed.max(), half > 0
+
+
+def resized(picture: Image.Image, longer: int) -> Image.Image:
+    """A picture with its longer side as asked for, and its proportions kept."""
+    width, height = (max(1, round(side * longer / max(picture.size))) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def centred(boxed: Greys) -> Greys:
+    """A stroke (h, w) in the field (28, 28), with its centre of mass in the middle, as far as it fits."""
+    field = np.zeros((FIELD, FIELD))
+    places = [
+        slice(start := int(np.clip(round(FIELD / 2 - middle), 0, FIELD - side)), start + side)
+        for middle, side in zip(ndimage.center_of_mass(boxed), boxed.shape, strict=True)
+    ]
+    field[tuple(places)] = boxed
+    return field
