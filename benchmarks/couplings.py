@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from scoring import Judge
+from scoring import UNWATCHED, Judge
 
 from flowmatch_mnist.data.curve import Curve
 from flowmatch_mnist.evaluation.estimates import Measurement
@@ -53,8 +53,8 @@ def main() -> None:
             points = generate(flow, labels, sampler, batch_size=10_000)
             tell(f"toy, {coupling}", sampler, score_points(points))
     for coupling in COUPLINGS:
-        length = ["--trainer.max_steps", steps, "--trainer.val_check_interval", steps, "--sampling.every_n_steps", 0]
-        length += ["--evaluation.every_n_steps", 0, "--model.exact_until", 0]  # which needs independent noise
+        length = ["--trainer.max_steps", steps, "--trainer.val_check_interval", steps, *UNWATCHED]
+        length += ["--model.exact_until", 0]  # which needs independent noise
         flow, _ = load(train("quick", coupling, *length))
         for sampler in (Sampler(4, "euler"), Sampler(4, "euler", 1.5), Sampler(8, "midpoint")):
             tell(f"digits, {coupling}", sampler, score_digits(generate(flow, score_digits.labels(2000), sampler)))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scoring import Judge, scores
+from scoring import UNWATCHED, Judge, scores
 
 from flowmatch_mnist.images.pictures import grid, save_png
 from flowmatch_mnist.sampling.generate import generate
@@ -41,8 +41,7 @@ def run(seconds: int, script: str, *arguments: object) -> dict[str, Any]:
 
 def train(options: argparse.Namespace, config: str, seconds: int, *arguments: object) -> dict[str, Any]:
     """Time to quality: the seconds from the command to its end, and the scores of what came out."""
-    quiet = ["--evaluation.every_n_steps=0", "--evaluation.every_n_epochs=0", "--sampling.every_n_steps=0"]
-    quiet += ["--sampling.every_n_epochs=0", "--name", f"gpu_{config}", *arguments]
+    quiet = [*UNWATCHED, "--name", f"gpu_{config}", *arguments]
     found = run(seconds, "train.py", "fit", "--config", ROOT / f"configs/{config}.yaml", *quiet)
     return found | draw(options, newest_checkpoint(name=f"gpu_{config}"), config)
 

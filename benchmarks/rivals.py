@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from rich.progress import track
-from scoring import Judge, scores, words
+from scoring import UNWATCHED, Judge, scores, words
 from torch import Tensor, nn
 
 from flowmatch_mnist.images import mnist
@@ -330,7 +330,7 @@ def draw(rival: Rival, labels: Tensor) -> Tensor:
 
 def train_ours(options: argparse.Namespace) -> tuple[float, int, Flow, Sampler]:
     """Train by `train.py`: the seconds of it all, from start to end, the images seen, the model, and its config's sampler."""
-    quiet = ["--evaluation.every_n_steps", "0", "--sampling.every_n_steps", "0", "--name", "rivals"]
+    quiet = [*UNWATCHED, "--name", "rivals"]
     start = time.perf_counter()
     subprocess.run([sys.executable, ROOT / "train.py", "fit", "--config", options.config, *quiet], check=True)
     return (time.perf_counter() - start, *trained(newest_checkpoint(name="rivals")))

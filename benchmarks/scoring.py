@@ -13,6 +13,13 @@ from flowmatch_mnist.evaluation.problems import labels_like
 from flowmatch_mnist.evaluation.readers import READERS
 from flowmatch_mnist.sampling.generate import Samples
 
+UNWATCHED = [
+    f"--{what}.{when}={never}"
+    for what in ("evaluation", "sampling")
+    for when, never in (("every_n_epochs", 0), ("every_n_steps", 0), ("at_steps", "[]"))
+]
+"""Options of `train.py fit`: no figures and no pictures on the way."""
+
 
 class Judge:
     """Scores digits beside MNIST's test set, which is fetched if need be."""

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from scoring import UNWATCHED
 
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.images.pixels import PIXELS
@@ -135,7 +136,7 @@ def main() -> None:
     sys.argv[1:] = ["fit", "--config", "configs/quick.yaml", "--name", "speed", "--trainer.max_steps", str(steps)]
     sys.argv += ["--trainer.callbacks+=speed.Beside", f"--trainer.callbacks.every={options.every}"]
     sys.argv += [f"--trainer.callbacks.torchcfm={options.torchcfm}", "--trainer.val_check_interval", "100000"]
-    sys.argv += ["--evaluation.every_n_steps", "0", "--sampling.every_n_steps", "0"]
+    sys.argv += UNWATCHED
     print("images/s: Lightning, bare" + ", torchcfm" * bool(options.torchcfm))
     cli.main()
     rounds = sys.modules["speed"].ROUNDS

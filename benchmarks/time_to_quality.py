@@ -20,7 +20,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
-from scoring import Judge, words
+from scoring import UNWATCHED, Judge, words
 from steps import measure
 
 from flowmatch_mnist.sampling.weights import load, newest_checkpoint, save
@@ -62,8 +62,7 @@ def train(options: argparse.Namespace, config: Path, seed: int) -> list[tuple[fl
     name = f"time_to_quality_{config.stem}_{seed}"
     command = [sys.executable, ROOT / "train.py", "fit", "--config", config, "--name", name, "--seed_everything", seed]
     command += ["--trainer.callbacks+=time_to_quality.PutAside", f"--trainer.callbacks.every={options.every}"]
-    for what in ("evaluation", "sampling"):
-        command += [f"--{what}.every_n_steps=0", f"--{what}.every_n_epochs=0"]
+    command += UNWATCHED
     with tempfile.TemporaryDirectory() as cache:  # a newcomer has none: what was compiled for one seed would serve the next
         start = time.time()
         environment = {STARTED: str(start), "PYTHONPATH": str(ROOT / "benchmarks"), "TORCHINDUCTOR_CACHE_DIR": cache}

@@ -89,9 +89,10 @@ def test_a_new_run_has_its_folder_its_board_and_all_callbacks_in_order(assemble,
     assert (made.model.seed, made.data.seed) == (3, 3) and type(made.data.seed) is int
     assert str(made.trainer.precision) == "bf16-mixed" and made.trainer.num_devices == 1
     assert made.trainer.num_sanity_val_steps == 0 and made.rest[-1] is True, "weights alone are read"
-    assert made.done.stdout.splitlines()[-1] == (
-        "training UNet (0.04 M parameters) on 1 x cpu in bf16-mixed, into runs/tiny/version_0"
-    )
+    assert made.done.stdout.splitlines()[-2:] == [
+        "training UNet (0.04 M parameters) on 1 x cpu in bf16-mixed, into runs/tiny/version_0",
+        "watch it with `tensorboard --logdir runs`; pictures go to runs/tiny/version_0/samples",
+    ]
     assert (assemble("fit").trainer.callbacks[0].path).name == "version_1"
 
 

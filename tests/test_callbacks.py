@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -18,10 +20,11 @@ from flowmatch_mnist.evaluation.estimates import Estimate, Measurement
 from flowmatch_mnist.sampling.generate import Sampler, Samples, draw_noise
 from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.errors import UserError
+from flowmatch_mnist.support.files import save_checkpoint
 from flowmatch_mnist.training import config, console, ema, evaluation
 from flowmatch_mnist.training.best import KeepBest
 from flowmatch_mnist.training.config import LogConfig, hyperparameters
-from flowmatch_mnist.training.console import Bar, Description, Report
+from flowmatch_mnist.training.console import Bar, Description, Report, what_next
 from flowmatch_mnist.training.distributed import gather, interleave, is_first
 from flowmatch_mnist.training.drawing import DrawSamples, WriteSamples
 from flowmatch_mnist.training.ema import EMA
@@ -63,7 +66,7 @@ def clock(monkeypatch):
 
 
 def test_the_rate_is_of_training_alone(trainer, clock, capsys):
-    module, report = SimpleNamespace(last_loss=torch.tensor(0.5)), Report()
+    module, report = SimpleNamespace(last_loss=torch.tensor(0.5), device=torch.device("cpu")), Report()
     report.on_validation_end(trainer, module)
     assert capsys.readouterr().out == "", "before training begins, nothing is said"
 
@@ -92,6 +95,67 @@ def test_the_rate_is_of_training_alone(trainer, clock, capsys):
     for changes in ({"sanity_checking": True}, {"is_global_zero": False}):
         report.on_validation_end(SimpleNamespace(**(vars(trainer) | changes)), module)
         assert capsys.readouterr().out == ""
+
+
+def test_a_run_says_once_how_long_it_will_take(trainer, clock, capsys):
+    module, report = SimpleNamespace(device=torch.device("cpu")), Report()
+    trainer.estimated_stepping_batches, trainer.log_every_n_steps = 1000, 0
+    for step in range(301, 520):
+        clock.now += 100.0 if step == 301 else 0.4  # the first compiles
+        for part in range(2):  # gradients are accumulated
+            trainer.global_step = step - 1 + part
+            report.on_train_batch_start(trainer, module, BATCH, 0)
+            report.on_train_batch_end(trainer, module, None, BATCH, 0)
+    assert capsys.readouterr().out == "step 400: about 4 min to go\n"
+    for changes in ({"estimated_stepping_batches": math.inf}, {"is_global_zero": False}, {"estimated_stepping_batches": 401}):
+        quiet, other = Report(), SimpleNamespace(**(vars(trainer) | changes))
+        for step in (300, 400):
+            clock.now += 40.0
+            other.global_step = step
+            quiet.on_train_batch_start(other, module, BATCH, 0)
+            quiet.on_train_batch_end(other, module, None, BATCH, 0)
+        assert capsys.readouterr().out == ""
+
+
+def test_the_memory_of_a_gpu_is_logged_beside_the_rate(trainer, clock, monkeypatch):
+    monkeypatch.setattr(console, "memory_used", {"cuda": 3_000_000_000, "cpu": None}.__getitem__)
+    for device, figures in (("cuda", {"speed/gpu_memory_gb": 3.0}), ("cpu", {})):
+        report, module = Report(), SimpleNamespace(device=device)
+        report.on_train_batch_start(trainer, module, BATCH, 0)
+        clock.now += 2
+        report.on_train_batch_end(trainer, module, None, BATCH, 0)
+        assert trainer.loggers[0].log_metrics.call_args.args[0] == {"speed/samples_per_second": 8.0} | figures
+
+
+def test_the_last_words_are_what_comes_next(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/some/version_3")
+    draw, test = "  python sample.py 0-9 --per-class 10", "  python train.py test --ckpt_path last"
+    assert what_next(folder, Path("runs"), True).splitlines() == [f"done, in {folder}; next:", "  tensorboard --logdir runs"]
+    save_checkpoint(folder / "checkpoints/last.ckpt", {})
+    assert what_next(folder, Path("runs"), True).splitlines()[1:3] == [draw, test]
+    assert what_next(folder, Path("runs"), False).splitlines()[1] == test
+    last = folder / "checkpoints/last.ckpt"
+    elsewhere = what_next(folder, Path("there"), True).splitlines()
+    assert elsewhere[1:] == [
+        *(f"{draw} --checkpoint {last}", f"  python train.py test --ckpt_path {last}", "  tensorboard --logdir there")
+    ]
+    (folder / "samples").mkdir()
+    (folder / "samples/learning.gif").touch()
+    assert "; runs/some/version_3/samples/learning.gif shows how it learned; next:" in what_next(folder, Path("runs"), True)
+
+
+def test_a_run_says_what_was_typed_and_on_which_machine(trainer, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/some/where/train.py", "fit", "--name", "a b"])
+    assert config.command() == "python train.py fit --name 'a b'"
+    trainer.strategy, trainer.precision = SimpleNamespace(root_device=torch.device("cpu")), "32-true"
+    hardware, software = config.machine(trainer).splitlines()
+    assert hardware.startswith("2 x cpu in 32-true; ") and "processor cores" in hardware
+    assert software.startswith("Python 3.") and f"torch {torch.__version__}" in software
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Abacus {device.index}")
+    trainer.strategy.root_device = torch.device("cuda", 1)
+    assert config.machine(trainer).startswith("2 x cuda Abacus 1 in 32-true; ")
 
 
 def test_the_clock_of_a_run_that_goes_on_counts_on(trainer, clock, capsys):
@@ -159,6 +223,8 @@ def test_the_whole_config_is_kept_and_logged(trainer, tmp_path, monkeypatch, kep
     settings.as_flat.return_value = SimpleNamespace(seed_everything=3)
     trainer.datamodule = SimpleNamespace(problem=SimpleNamespace(headlines=("quality/x",)))
     trainer.callbacks = [RunFolder(tmp_path if kept else None)]
+    monkeypatch.setattr(config, "machine", lambda trainer: "an abacus")
+    monkeypatch.setattr(config, "command", lambda: "python train.py")
     callback = LogConfig(parser, settings, save_to_log_dir=False)
     callback.setup(trainer, "module", "fit")
     theirs.assert_called_once_with(trainer, "module", "fit")
@@ -168,7 +234,9 @@ def test_the_whole_config_is_kept_and_logged(trainer, tmp_path, monkeypatch, kep
         parser.save.assert_called_once_with(settings, mock.ANY, skip_unset=False, overwrite=True, multifile=False)
     assert (tmp_path / "config.yaml").exists() == kept
     parser.dump.assert_called_once_with(settings, skip_unset=False)
-    logged.assert_called_once_with(trainer, parser.dump(), {"seed_everything": 3}, ("quality/x",))
+    texts = {"command": "python train.py", "machine": "an abacus", "config": parser.dump()}
+    logged.assert_called_once_with(trainer, texts, {"seed_everything": 3}, config.MATTER, ("quality/x",))
+    assert len(config.MATTER) == 10
 
 
 def test_processes_give_each_other_their_shares(trainer, monkeypatch):
@@ -208,7 +276,8 @@ def test_before_there_is_an_average_nothing_is_averaged(trainer, monkeypatch):
     [
         (Evaluate, [{"samples": 2, "test_samples": 2}, {"steps": ()}, {"steps": (1,)}], [{"samples": 1}, {"test_samples": 1}]),
         (Evaluate, [{"every_n_epochs": 0, "every_n_steps": 0}], [{"steps": (0,)}, {"steps": (2, 0)}, {"every_n_steps": -1}]),
-        (DrawSamples, [{"rows": 1}], [{"rows": 0}, {"every_n_epochs": -1}]),
+        (DrawSamples, [{"rows": 1}, {"at_steps": [1]}], [{"rows": 0}, {"every_n_epochs": -1}, {"at_steps": [3, 0]}]),
+        (Evaluate, [{"at_steps": ()}], [{"at_steps": [-1]}]),
         (KeepBest, [{"filename": "x", "save_top_k": 0}, {"filename": "x"}, {"monitor": None}], []),
         (EMA, [{"decay": 0.0}, {"decay": 0.9999}], [{"decay": 1.0}, {"decay": -0.1}]),
     ],

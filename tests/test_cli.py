@@ -58,7 +58,17 @@ def test_a_run_leaves_config_checkpoints_pictures_and_events(tiny_run):
 def test_what_it_prints_is_few_lines(tiny_run):
     lines = (tiny_run / "stdout").read_text().splitlines()
     assert lines[0].startswith("training UNet (0.04 M parameters) on 1 x ") and lines[0].endswith("runs/tiny/version_0")
+    assert lines[1] == "watch it with `tensorboard --logdir runs`; pictures go to runs/tiny/version_0/samples"
     assert [line for line in lines if line.startswith("epoch 2, step 12: train loss")]
+    assert lines[-4:] == [
+        "done, in runs/tiny/version_0; runs/tiny/version_0/samples/learning.gif shows how it learned; next:",
+        "  python sample.py 0-9 --per-class 10",
+        "  python train.py test --ckpt_path last",
+        "  tensorboard --logdir runs",
+    ]
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", "".join(lines)), "no bar leaves its marks in a file"
+    with Image.open(tiny_run / "runs/tiny/version_0/samples/learning.gif") as film:
+        assert film.n_frames == 2 and film.size == (1200, 240)
     assert (tiny_run / "stderr").read_text() == ""
 
 

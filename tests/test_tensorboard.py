@@ -12,6 +12,8 @@ from conftest import TINY, run, run_here
 from PIL import Image
 from tensorboard import program
 
+from flowmatch_mnist.training.config import MATTER
+
 RUN = "tiny/version_0"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
 
@@ -94,7 +96,9 @@ def test_the_config_is_a_text_and_hyper_parameters_stand_beside_the_outcome(ask)
     assert "batch_size: 16" in ask("text/text", run=RUN, tag="config/text_summary")[0]["text"]
     experiment = ask("hparams/experiment", {"experimentName": ""})
     parameters = {info["name"] for info in experiment["hparamInfos"]}
-    assert {"net.channels", "optimizer.lr", "sampler.steps", "batch_size", "seed_everything", "max_epochs"} <= parameters
+    assert parameters == set(MATTER)
+    assert ask("text/text", run=RUN, tag="command/text_summary")[0]["text"].count("train.py fit --config") == 1
+    assert "1 x cpu in" in ask("text/text", run=RUN, tag="machine/text_summary")[0]["text"]
     metrics = {info["name"]["tag"] for info in experiment["metricInfos"]}
     assert {"loss/val", "quality/Frechet distance ratio", "quality/label accuracy"} <= metrics
     wanted = {
@@ -112,6 +116,8 @@ def test_the_first_look_has_a_layout(ask):
     (category,) = ask("custom_scalars/layout")["category"]
     charts = {chart["title"]: chart["multiline"]["tag"] for chart in category["chart"]}
     assert charts["losses"] == ["loss/train", "loss/val"]
+    assert charts["losses by time"] == ["loss_by_time/val.*"]
+    assert charts["samples per second"] == ["speed/samples_per_second"]
     assert charts["Frechet distance ratio"] == ["quality/Frechet distance ratio"]
 
 

@@ -225,7 +225,7 @@ def test_every_logger_gets_what_it_can_take(data_dir, tmp_path):
     for logger in loggers[:2]:
         table = (Path(logger.log_dir) / "metrics.csv").read_text()
         assert "loss/train" in table and "quality/label accuracy" in table
-    assert loggers[1].taken == [("samples/grid", (120, 1200), 4), ("samples/trajectory", (1200, 360), 4)]
+    assert loggers[1].taken == [("samples/grid", (120, 1200, 3), 4), ("samples/trajectory", (1200, 360), 4)]
     log = EventAccumulator(loggers[2].log_dir, size_guidance={"scalars": 0, "images": 0}).Reload()
     assert {"loss/train", "quality/label accuracy"} <= set(log.Tags()["scalars"]) and "epoch" not in log.Tags()["scalars"]
     assert set(log.Tags()["images"]) == {"samples/grid", "samples/trajectory"}
@@ -244,7 +244,8 @@ def test_scalars_stand_at_their_step_or_at_the_one_that_is_known(tmp_path):
 def test_what_a_run_is_goes_to_every_logger(tmp_path):
     plain, board = CSVLogger(tmp_path, "plain"), Board(tmp_path / "board")
     trainer = Trainer(logger=[plain, board], accelerator="cpu")
-    log_run(trainer, "lr: 3\nname: tiny", {"lr": 3.0, "kind": "UNet"}, ["quality/recall"])
+    texts = {"command": "python train.py", "config": "lr: 3\nname: tiny"}
+    log_run(trainer, texts, {"lr": 3.0, "kind": "UNet"}, ["lr", "batch_size"], ["quality/recall"])
     log_curve(trainer, "quality_by_evaluations/recall", {2: 0.5, 8: 0.75})
     flush(trainer)
     assert "kind: UNet" in (Path(plain.log_dir) / "hparams.yaml").read_text()
@@ -252,4 +253,5 @@ def test_what_a_run_is_goes_to_every_logger(tmp_path):
     log = EventAccumulator(board.log_dir, size_guidance={"scalars": 0, "tensors": 0}).Reload()
     assert [(e.step, e.value) for e in log.Scalars("quality_by_evaluations/recall")] == [(2, 0.5), (8, 0.75)]
     assert "lr: 3" in log.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "python train.py" in log.Tensors("command/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "custom_scalars__config__" in log.Tags()["tensors"]

@@ -7,16 +7,18 @@ import pytest
 import torch
 from conftest import run_here
 from lightning.pytorch import Callback, Trainer
-from PIL import Image
+from PIL import Image, ImageSequence
 from test_runs import TOY, losses
 from torch import nn
 
 from flowmatch_mnist.data.digits import MNISTDataModule
 from flowmatch_mnist.evaluation.estimates import Estimate, Measurement
-from flowmatch_mnist.evaluation.problems import labels_like
+from flowmatch_mnist.evaluation.problems import Digits, OtherImages, labels_like
 from flowmatch_mnist.flow.paths import match_dims
+from flowmatch_mnist.images import mnist
+from flowmatch_mnist.images.pictures import MARK
 from flowmatch_mnist.networks.base import Network
-from flowmatch_mnist.sampling.generate import Flow, Sampler, draw_noise, generate
+from flowmatch_mnist.sampling.generate import Flow, Sampler, Samples, draw_noise, generate
 from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.files import load_checkpoint
 from flowmatch_mnist.training import drawing, evaluation
@@ -76,11 +78,40 @@ def test_the_columns_of_the_grid_are_the_digits_and_its_rows_samples(tmp_path, d
     monkeypatch.setattr(Trainer, "log_dir", tmp_path)
     fit(tmp_path, digits, DrawSamples(rows=3), rate=0.0)
     with Image.open(tmp_path / "samples/grid-000004.png") as grid:
-        cells = torch.tensor(list(grid.tobytes())).view(3, 120, 10, 120)[:, 60, :, 60]
+        cells = torch.tensor(list(grid.convert("L").tobytes())).view(3, 120, 10, 120)[:, 60, :, 60]
     assert cells.tolist() == [LEVELS] * 3
     with Image.open(tmp_path / "samples/trajectory-000004.png") as strip:
         ends = torch.tensor(list(strip.tobytes())).view(10, 120, 4, 120)[:, 60, -1, 60]
     assert ends.tolist() == LEVELS, "a row for each digit, which ends in it"
+
+
+def test_the_pictures_of_a_run_make_a_film_in_their_order(tmp_path, digits, monkeypatch):
+    monkeypatch.setattr(Trainer, "log_dir", tmp_path)
+    fit(tmp_path, digits, DrawSamples(0, at_steps=[1, 2, 4], rows=1))
+    with Image.open(tmp_path / "samples/learning.gif") as film:
+        assert film.size == (1200, 120)
+        shown = [(frame.info["duration"], frame.convert("L").getpixel((540, 60))) for frame in ImageSequence.Iterator(film)]
+    durations, levels = zip(*shown, strict=True)
+    assert durations == (500, 500, 1200)
+    assert list(levels) == pytest.approx([20 * 4 + 127.5 * n / 10 for n in (1, 2, 4)], abs=2), "a four, as it grew brighter"
+    fit(tmp_path, digits, DrawSamples(0, at_steps=[3], rows=2))
+    with Image.open(tmp_path / "samples/learning.gif") as film:
+        assert film.n_frames == 3 and film.size == (1200, 120), "of one size alone, that of the last"
+    fit(tmp_path / "other", digits, DrawSamples(0, at_steps=[]))
+    assert not (tmp_path / "other").exists()
+
+
+def test_pictures_mark_what_is_read_as_another_digit(data_dir):
+    images, labels = mnist.load(data_dir, "test")
+    images, labels = images[:20], labels[:20].clone()  # all of which are read right
+    labels[[3, 11]] = (labels[[3, 11]] + 1) % 10
+    labels[5] = 10  # any digit
+    sheet = Digits().pictures(Samples(images, labels, 1))["grid"]
+    corners = sheet[::120, ::120].flatten(0, 1)
+    orange = (corners == torch.tensor(MARK)).all(1).nonzero().flatten().tolist()
+    assert sheet.shape == (240, 1200, 3) and orange == [3, 11]
+    assert torch.equal(sheet[4:116:4, 4:116:4, 1], images[0]), "the digits themselves stay as they are"
+    assert OtherImages().pictures(Samples(images, labels, 1))["grid"].shape == (240, 1200), "which nobody can read"
 
 
 class Look(Callback):
@@ -199,6 +230,8 @@ def test_a_name_that_is_taken_is_counted_up_only_if_asked(tmp_path, digits, monk
         ({"every_n_epochs": 0, "every_n_steps": 3}, [3, 6, 9, 12, 15]),
         ({"every_n_epochs": 1, "every_n_steps": 8}, [4, 8, 12, 16]),
         ({"every_n_epochs": 0}, []),
+        ({"every_n_epochs": 0, "at_steps": [1, 6, 99]}, [1, 6]),
+        ({"every_n_epochs": 2, "at_steps": (1, 8)}, [1, 8, 16]),
         ({}, [4, 8, 12, 16]),
     ],
 )

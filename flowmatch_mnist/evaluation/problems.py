@@ -8,6 +8,8 @@ from torch import Tensor
 from flowmatch_mnist.evaluation.copies import Copies
 from flowmatch_mnist.evaluation.estimates import Measurement
 from flowmatch_mnist.evaluation.evaluator import Evaluator
+from flowmatch_mnist.evaluation.metrics import read_digits
+from flowmatch_mnist.evaluation.readers import READERS, reader
 from flowmatch_mnist.images.pictures import grid
 from flowmatch_mnist.images.pixels import PixelsName
 from flowmatch_mnist.sampling.generate import Samples
@@ -70,13 +72,17 @@ class OtherImages(Problem):
 
     def pictures(self, samples: Samples) -> dict[str, Tensor]:
         """A grid with a column for each class, and, with the states, a strip from noise to image, a row for each class."""
-        pictures = {"grid": grid(samples.values, columns=self.classes)}
+        pictures = {"grid": grid(samples.values, columns=self.classes, marked=self.misread(samples))}
         if samples.states is None:
             return pictures
         first_row = samples.states[:, : self.classes]  # (steps + 1, classes, H, W)
         # Some ten of the states are enough to see the trajectory.
         shown = first_row[torch.linspace(0, len(first_row) - 1, min(len(first_row), 11)).round().long()]
         return pictures | {"trajectory": grid(shown.transpose(0, 1).flatten(0, 1), columns=len(shown))}
+
+    def misread(self, samples: Samples) -> Tensor | None:
+        """Which samples the evaluator reads as something else than their label, bool (N,); None if it cannot read them."""
+        return None
 
     def scorer(self, held_out: Labelled, training: Labelled, device: torch.device) -> Scorer:
         """What tells whether samples are copies of training images."""
@@ -85,9 +91,14 @@ class OtherImages(Problem):
 
 
 class Digits(OtherImages):
-    """MNIST's digits, which the evaluator can read. Its argument is that of `OtherImages`."""
+    """MNIST's digits, which the evaluator can read: pictures mark those that it misreads. Its argument is as above."""
 
     headlines = tuple(f"quality/{title}" for title in ("Frechet distance ratio", "label accuracy", "precision", "recall"))
+
+    def misread(self, samples: Samples) -> Tensor:
+        """By the first of the evaluator's classifiers."""
+        _, digits = read_digits(reader(next(iter(READERS))), samples.values)
+        return (digits != samples.labels) & (samples.labels < self.classes)
 
     def scorer(self, held_out: Labelled, training: Labelled, device: torch.device) -> Scorer:
         """The evaluator: see `evaluator.Evaluator`."""

@@ -155,7 +155,7 @@ def _fetch_missing(data_dir: Path) -> None:
     for source, fetch in SOURCES.items():
         if not missing:
             return
-        log.info("fetching MNIST with %s ...", source)
+        log.info("fetching MNIST (12 MB) with %s ...", source)
         # A folder beside the final one, so that a file's last step is a rename.
         with tempfile.TemporaryDirectory(dir=data_dir, prefix=".fetching-") as scratch:
             try:

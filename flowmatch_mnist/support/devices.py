@@ -42,6 +42,15 @@ def widest_float(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def memory_used(device: torch.device) -> int | None:
+    """The bytes of a GPU's memory that tensors took at most so far (of an Apple GPU, take now); None of a processor."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps" and torch.backends.mps.is_available():
+        return torch.mps.driver_allocated_memory()
+    return None
+
+
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Compute products and convolutions of float32 in float32. An NVIDIA GPU may else round their factors to 10 bits (TF32)."""

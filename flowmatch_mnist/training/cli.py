@@ -21,7 +21,7 @@ from flowmatch_mnist.support.errors import UserError, exit_on_error, one_line
 from flowmatch_mnist.training.arguments import NEWEST, RUNS, complete, find_checkpoint, option, run_folder
 from flowmatch_mnist.training.best import KeepBest
 from flowmatch_mnist.training.config import LogConfig
-from flowmatch_mnist.training.console import Bar, Report
+from flowmatch_mnist.training.console import Bar, Report, what_next
 from flowmatch_mnist.training.distributed import is_first
 from flowmatch_mnist.training.drawing import DrawSamples, WriteSamples
 from flowmatch_mnist.training.ema import EMA
@@ -179,6 +179,9 @@ class CLI(LightningCLI):
             f"{self.trainer.strategy.root_device.type} in {self.trainer.precision}, into {self.folder or 'no folder'}",
             flush=True,
         )
+        if self.folder is not None:
+            watch = f"tensorboard --logdir {self.versions.parent}"
+            print(f"watch it with `{watch}`; pictures go to {self.folder / 'samples'}", flush=True)
         if (processes := self.trainer.world_size) > 1:
             batch = self.datamodule.batch_size
             print(
@@ -187,6 +190,11 @@ class CLI(LightningCLI):
                 f"{processes**0.5:.2g} times",
                 flush=True,
             )
+
+    def after_fit(self) -> None:
+        """Say what came of it, and what comes next."""
+        if self.folder is not None and self.trainer.is_global_zero and self.trainer.state.finished:
+            print(what_next(self.folder, self.versions.parent, self.datamodule.problem.kind == "images"), flush=True)
 
 
 def raised_by_lightning(error: BaseException) -> bool:

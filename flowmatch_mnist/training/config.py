@@ -1,7 +1,14 @@
 """The config of a run, kept beside its checkpoints and shown by its loggers."""
 
+import os
+import platform
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
@@ -11,6 +18,13 @@ from flowmatch_mnist.training.tensorboard import Value, log_run
 
 NOT_LEARNED = ("channels_last", "compile", "data_dir", "eval_batch_size", "num_workers", "predict_per_class")
 """Settings that do not change what is learned."""
+
+
+MATTER = (
+    *("optimizer.lr", "max_steps", "max_epochs", "batch_size", "net.channels"),
+    *("path", "exact_until", "label_dropout", "sampler.guidance", "seed_everything"),
+)
+"""The settings that TensorBoard lists runs by."""
 
 
 class LogConfig(SaveConfigCallback):
@@ -26,9 +40,26 @@ class LogConfig(SaveConfigCallback):
         if self.folder is not None:
             with replacing(self.folder / "config.yaml") as temporary:
                 self.parser.save(self.config, temporary, skip_unset=False, overwrite=True, multifile=False)
-        text = self.parser.dump(self.config, skip_unset=False)
+        config = self.parser.dump(self.config, skip_unset=False)
+        texts = {"command": command(), "machine": machine(trainer), "config": config}
         headlines = trainer.datamodule.problem.headlines  # type: ignore[attr-defined]
-        log_run(trainer, text, hyperparameters(vars(self.config.as_flat())), headlines)
+        log_run(trainer, texts, hyperparameters(vars(self.config.as_flat())), MATTER, headlines)
+
+
+def command() -> str:
+    """What was typed."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def machine(trainer: Trainer) -> str:
+    """What a run runs on, a line for the hardware and one for the software."""
+    device = trainer.strategy.root_device
+    name = f" {torch.cuda.get_device_name(device)}" if device.type == "cuda" and torch.cuda.is_available() else ""
+    versions = f"flowmatch-mnist {version('flowmatch-mnist')}, torch {torch.__version__}, lightning {version('lightning')}"
+    return (
+        f"{trainer.world_size} x {device.type}{name} in {trainer.precision}; {os.cpu_count()} processor cores, "
+        f"{platform.system()} {platform.machine()}\nPython {platform.python_version()}, {versions}"
+    )
 
 
 def hyperparameters(config: dict[str, Any]) -> dict[str, Value]:

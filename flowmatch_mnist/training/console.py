@@ -1,6 +1,8 @@
-"""What the terminal shows of a training: a progress bar, and a line for each validation."""
+"""What the terminal shows of a training: a progress bar, how long it will take, a line for each validation, what is next."""
 
+import math
 import time
+from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -8,9 +10,15 @@ from lightning.pytorch.callbacks import RichProgressBar
 from rich.progress import ProgressColumn, Task
 from rich.text import Text
 
+from flowmatch_mnist.support.devices import memory_used
+from flowmatch_mnist.training.arguments import RUNS
+from flowmatch_mnist.training.drawing import FILM
 from flowmatch_mnist.training.module import FlowMatching
 from flowmatch_mnist.training.steps import is_logged, last_step
 from flowmatch_mnist.training.tensorboard import log_scalars
+
+EARLY = 100
+"""Steps after which a run says how long it will take."""
 
 
 class Description(ProgressColumn):
@@ -50,7 +58,7 @@ class Bar(RichProgressBar):
 
 
 class Report(Callback):
-    """Samples per second into TensorBoard, and one line in the terminal for each validation.
+    """Logs samples per second and a GPU's memory; prints how long the run will take, and a line for each validation.
 
     The rate is of training alone. Its clock stops after each logged step and starts with the next batch, so that validation,
     drawing and the first step (which may compile) do not count.
@@ -62,6 +70,8 @@ class Report(Callback):
         self._mark: float | None = None
         self._samples = 0
         self._rate = ""
+        self._first: tuple[int, float] | None = None  # the number of this part's first step, and when it was done
+        self._foretold = False
 
     def state_dict(self) -> dict[str, Any]:
         """How long the run has taken so far."""
@@ -94,9 +104,24 @@ class Report(Callback):
             self._mark = None
         elif is_logged(trainer, trainer.global_step):
             rate = self._samples / (time.perf_counter() - self._mark)
-            log_scalars(trainer, {"speed/samples_per_second": rate}, last_step(trainer))
+            memory = memory_used(pl_module.device)
+            figures = {"speed/samples_per_second": rate, **({} if memory is None else {"speed/gpu_memory_gb": memory / 1e9})}
+            log_scalars(trainer, figures, last_step(trainer))
             self._rate = f"{rate:.0f} samples/s, "
             self._mark = None
+        self._foretell(trainer)
+
+    def _foretell(self, trainer: Trainer) -> None:
+        """Say, after the first steps of this part, how long the others will take."""
+        step, now = trainer.global_step, time.perf_counter()
+        if self._first is None:
+            self._first = step, now
+        elif not self._foretold and step >= self._first[0] + EARLY and trainer.is_global_zero:
+            self._foretold = True
+            first, then = self._first
+            minutes = (trainer.estimated_stepping_batches - step) * (now - then) / (step - first) / 60
+            if 1 <= minutes < math.inf:
+                print(f"step {step}: about {minutes:.0f} min to go", flush=True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock of the rate."""
@@ -113,3 +138,22 @@ class Report(Callback):
             f"train loss {train:.4f}, val loss {val:.4f}, {self._rate}{minutes} min {seconds:02d} s",
             flush=True,
         )
+
+
+def what_next(folder: Path, runs: Path, drawable: bool) -> str:
+    """The last words of a run: what came of it, and the commands that come next.
+
+    Args:
+        folder: the run's.
+        runs: of all runs.
+        drawable: whether `sample.py` can draw with it, which is for digits alone.
+    """
+    last = folder / "checkpoints" / "last.ckpt"
+    usual = runs == RUNS  # where the commands look by themselves
+    film = folder / "samples" / FILM
+    lines = [f"done, in {folder}" + (f"; {film} shows how it learned" if film.is_file() else "") + "; next:"]
+    if last.is_file():
+        if drawable:
+            lines.append("  python sample.py 0-9 --per-class 10" + ("" if usual else f" --checkpoint {last}"))
+        lines.append(f"  python train.py test --ckpt_path {'last' if usual else last}")
+    return "\n".join([*lines, f"  tensorboard --logdir {runs}"])

@@ -1,5 +1,6 @@
 """Samples to look at: pictures while training, and the files of `predict`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from flowmatch_mnist.images.pictures import save_npz, save_png
+from flowmatch_mnist.images.pictures import save_film, save_npz, save_png
 from flowmatch_mnist.sampling.generate import Samples, generate
 from flowmatch_mnist.training.distributed import gather, interleave
 from flowmatch_mnist.training.ema import averaged_flow
@@ -17,17 +18,21 @@ from flowmatch_mnist.training.periodic import Periodic
 from flowmatch_mnist.training.steps import last_step
 from flowmatch_mnist.training.tensorboard import log_picture
 
+FILM = "learning.gif"
+"""The film of a run's first pictures, from the first to the last time, in `samples/`."""
+
 
 class DrawSamples(Periodic):
     """Draws, with the averaged weights, samples of every class: pictures and figures, into TensorBoard and as PNG files.
 
     The noise is the same every time, so that the eye can follow each sample as it forms. What the pictures show is for the
-    problem to say. Files go to `samples/` in the run's folder, beside `checkpoints/`. One process draws; the others wait for it
-    at their next step.
+    problem to say. Files go to `samples/` in the run's folder, beside `checkpoints/`; when training ends, so does a film of
+    them. One process draws; the others wait for it at their next step.
 
     Args:
         every_n_epochs: how often to draw, in epochs; 0 is never.
         every_n_steps: how often to draw, in optimizer steps; 0 is never.
+        at_steps: further steps at which to draw, such as the first ones, where most happens.
         rows: samples of each class.
         seed: of the noise.
 
@@ -35,13 +40,16 @@ class DrawSamples(Periodic):
         ValueError: if a number is out of its range.
     """
 
-    def __init__(self, every_n_epochs: int = 1, every_n_steps: int = 0, rows: int = 8, seed: int = 0) -> None:
-        super().__init__(every_n_epochs, every_n_steps)
+    def __init__(
+        self, every_n_epochs: int = 1, every_n_steps: int = 0, at_steps: Sequence[int] = (), rows: int = 8, seed: int = 0
+    ) -> None:
+        super().__init__(every_n_epochs, every_n_steps, at_steps)
         if rows < 1:
             raise ValueError(f"DrawSamples needs rows of at least 1, got {rows}")
         self.rows = rows
         self.seed = seed
         self.folder: Path | None = None
+        self._filmed: str | None = None  # the name of the pictures that make the film
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Learn the run's folder, which the processes agree on together: later, only one of them would ask."""
@@ -59,10 +67,18 @@ class DrawSamples(Periodic):
             seed=self.seed,
             keep_states=True,
         )
-        for name, picture in problem.pictures(samples).items():
+        pictures = problem.pictures(samples)
+        self._filmed = next(iter(pictures))
+        for name, picture in pictures.items():
             if self.folder is not None:
                 save_png(picture, self.folder / "samples" / f"{name}-{trainer.global_step:06d}.png")
             log_picture(trainer, f"samples/{name}", picture, last_step(trainer))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the film, of the pictures of earlier parts of the run too."""
+        if self.folder is not None and self._filmed is not None and trainer.is_global_zero:
+            pictures = sorted((self.folder / "samples").glob(f"{self._filmed}-*.png"))
+            save_film(pictures, self.folder / "samples" / FILM)
 
 
 class WriteSamples(BasePredictionWriter):

@@ -46,6 +46,7 @@ class Evaluate(Periodic):
     Args:
         every_n_epochs: how often to measure while training, in epochs; 0 is never.
         every_n_steps: how often to measure while training, in optimizer steps; 0 is never.
+        at_steps: further steps at which to measure.
         samples: how many are drawn while training.
         test_samples: how many are drawn in `validate` and `test`.
         steps: of the sampler, by which `validate` and `test` measure `samples` more each.
@@ -59,12 +60,13 @@ class Evaluate(Periodic):
         self,
         every_n_epochs: int = 0,
         every_n_steps: int = 0,
+        at_steps: Sequence[int] = (),
         samples: int = 1000,
         test_samples: int = 10_000,
         steps: Sequence[int] = (1, 2, 4, 8, 16),
         seed: int = 0,
     ) -> None:
-        super().__init__(every_n_epochs, every_n_steps)
+        super().__init__(every_n_epochs, every_n_steps, at_steps)
         if min(samples, test_samples) < 2:
             raise ValueError("Evaluate needs samples and test_samples of at least 2")
         if min(steps, default=1) < 1:

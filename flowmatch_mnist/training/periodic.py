@@ -1,5 +1,6 @@
-"""Callbacks that act every so many epochs or steps."""
+"""Callbacks that act every so many epochs or steps, or at certain steps."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -8,24 +9,28 @@ from flowmatch_mnist.training.module import FlowMatching
 
 
 class Periodic(Callback):
-    """Does something in training every few epochs or optimizer steps, at most once in a step.
+    """Does something in training every few epochs or optimizer steps, or at certain steps, at most once in a step.
 
     Args:
         every_n_epochs: how often, in epochs; 0 is never.
         every_n_steps: how often, in optimizer steps; 0 is never.
+        at_steps: the numbers of further steps, from 1.
 
     Attributes:
         done_at: the optimizer step in which it acted last; -1 is never.
 
     Raises:
-        ValueError: if a number is negative.
+        ValueError: if a number is out of its range.
     """
 
-    def __init__(self, every_n_epochs: int, every_n_steps: int) -> None:
+    def __init__(self, every_n_epochs: int, every_n_steps: int, at_steps: Sequence[int] = ()) -> None:
         if min(every_n_epochs, every_n_steps) < 0:
             raise ValueError(f"{type(self).__name__} needs every_n_epochs and every_n_steps of at least 0")
+        if min(at_steps, default=1) < 1:
+            raise ValueError(f"{type(self).__name__} needs at_steps of at least 1, got {list(at_steps)}")
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
+        self.at_steps = frozenset(at_steps)
         self.done_at = -1
 
     def state_dict(self) -> dict[str, Any]:
@@ -44,7 +49,8 @@ class Periodic(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Act if it is a step for it."""
-        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+        step = trainer.global_step
+        if step in self.at_steps or (self.every_n_steps and step % self.every_n_steps == 0):
             self._act_once(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -60,25 +60,32 @@ def log_curve(trainer: Trainer, tag: str, points: Mapping[int, float]) -> None:
             board.add_scalar(tag, y, x)
 
 
-def log_run(trainer: Trainer, config: str, settings: dict[str, Value], headlines: Sequence[str]) -> None:
-    """Log what a run is: its settings to every logger; to TensorBoard also the config, and what to look at first.
+def log_run(
+    trainer: Trainer, texts: Mapping[str, str], settings: dict[str, Value], few: Sequence[str], headlines: Sequence[str]
+) -> None:
+    """Log what a run is: its settings to every logger; to TensorBoard also texts, and what to look at first.
 
     Args:
         trainer: of the run.
-        config: the text of the config.
+        texts: by their titles, such as the config.
         settings: what tells this run from others.
+        few: the names of the settings that TensorBoard lists runs by, as far as this run has them.
         headlines: the tags of the figures to look at first.
     """
     for logger in trainer.loggers:
         if not isinstance(logger, TensorBoardLogger):
             logger.log_hyperparams(settings)
     for board in boards(trainer):
-        board.add_text("config", "".join(f"    {line}\n" for line in config.splitlines()))
+        for title, text in texts.items():
+            board.add_text(title, "".join(f"    {line}\n" for line in text.splitlines()))
         # Only that these tags are the outcome is written here; their values are the scalars of the same name.
-        for summary in hparams(settings, dict.fromkeys((*headlines, "loss/val"), 0.0)):
+        listed = {name: settings[name] for name in few if name in settings}
+        for summary in hparams(listed, dict.fromkeys((*headlines, "loss/val"), 0.0)):
             writer: Any = board.file_writer
             writer.add_summary(summary)
-        charts = {"losses": ["loss/train", "loss/val"], **{tag.removeprefix("quality/"): [tag] for tag in headlines}}
+        charts = {"losses": ["loss/train", "loss/val"], "losses by time": ["loss_by_time/val.*"]}
+        charts |= {tag.removeprefix("quality/"): [tag] for tag in headlines}
+        charts |= {"gradient norm": ["optimizer/gradient_norm"], "samples per second": ["speed/samples_per_second"]}
         board.add_custom_scalars({"first look": {title: ["Multiline", tags] for title, tags in charts.items()}})
 
 
