@@ -1,0 +1,109 @@
+// The flow in the browser: two velocity fields v(x, t, y), and the solvers that follow them from noise to data.
+// The same mathematics as flowmatch_mnist/flow/solvers.py and guidance.py.
+
+/** A file of built/, as a Response; a sentence for people if it is not there. */
+async function file(name) {
+  const answer = await fetch(`built/${name}`).catch(() => null);
+  if (!answer?.ok) {
+    throw new Error(`The file built/${name} is missing. Run "python docs/demo/build.py", and serve the folder docs/demo.`);
+  }
+  return answer;
+}
+
+/** A field for samples of some numbers each. */
+export class Field {
+  constructor(runtime, session, shape) {
+    Object.assign(this, { runtime, session, shape, size: shape.reduce((a, b) => a * b), evaluations: 0 });
+  }
+
+  /** The velocities at the points x (n times size) at the time t, for the labels y (n). */
+  async velocity(x, t, y) {
+    const { Tensor } = this.runtime;
+    const n = y.length;
+    const { v } = await this.session.run({
+      x: new Tensor("float32", x, [n, ...this.shape]),
+      t: new Tensor("float32", new Float32Array(n).fill(t), [n]),
+      y: new Tensor("int32", Int32Array.from(y), [n]),
+    });
+    this.evaluations += n;
+    return v.data;
+  }
+
+  /** The same with guidance: without + scale (with - without), in an interval of t; both in one batch of twice the size. */
+  async guided(x, t, y, { guidance = 1, interval = [0, 1], nothing = 10 } = {}) {
+    if (guidance === 1 || t < interval[0] || t > interval[1]) return this.velocity(x, t, y);
+    const both = new Float32Array(2 * x.length);
+    both.set(x);
+    both.set(x, x.length);
+    const v = await this.velocity(both, t, [...y, ...y.map(() => nothing)]);
+    return x.map((_, i) => v[x.length + i] + guidance * (v[i] - v[x.length + i]));
+  }
+}
+
+const logSnr = (t) => 2 * Math.log(t / (1 - t));
+
+/** The states from noise to data by DPM-Solver++(2M): an estimate of the data in each step, extrapolated from the last two. */
+export async function* dpmpp(velocity, x, steps) {
+  let before = null;
+  let last = Infinity;
+  for (let i = 0; i < steps; i++) {
+    const [t, next] = [i / steps, (i + 1) / steps];
+    const v = await velocity(x, t);
+    const estimate = x.map((value, k) => value + (1 - t) * v[k]);
+    const h = logSnr(next) - logSnr(t);
+    const share = before && Number.isFinite(h) && Number.isFinite(last) ? h / (2 * last) : 0;
+    const ratio = (1 - next) / (1 - t);
+    x = x.map((value, k) => {
+      const data = share ? estimate[k] + share * (estimate[k] - before[k]) : estimate[k];
+      return ratio * value + (next - t * ratio) * data;
+    });
+    [before, last] = [estimate, h];
+    yield x;
+  }
+}
+
+/** The states by Heun's steps, from one time to another: forwards to data, or backwards to noise. */
+export async function* heun(velocity, x, steps, from = 0, to = 1) {
+  const h = (to - from) / steps;
+  for (let i = 0; i < steps; i++) {
+    const t = from + i * h;
+    const start = await velocity(x, t);
+    const end = await velocity(x.map((value, k) => value + h * start[k]), t + h);
+    x = x.map((value, k) => value + (h / 2) * (start[k] + end[k]));
+    yield x;
+  }
+}
+
+/** The states by Euler's steps. */
+export async function* euler(velocity, x, steps) {
+  for (let i = 0; i < steps; i++) {
+    const v = await velocity(x, i / steps);
+    x = x.map((value, k) => value + v[k] / steps);
+    yield x;
+  }
+}
+
+/** Standard normal numbers, by Box and Muller. */
+export function normal(count) {
+  return Float32Array.from({ length: count }, () =>
+    Math.sqrt(-2 * Math.log(1 - Math.random())) * Math.cos(2 * Math.PI * Math.random()));
+}
+
+/** Both fields, the noise of sample.py's seed 0, and how the weights are to be sampled. */
+export async function load() {
+  const [settings, noise, digits, plane, packed] = await Promise.all(
+    ["settings.json", "noise.bin", "digits.onnx", "plane.onnx", "ort.wasm.gz"].map(file));
+  await file("ort.mjs");
+  const runtime = await import("./built/ort.mjs");
+  const unpacked = new Response(packed.body.pipeThrough(new DecompressionStream("gzip")));
+  runtime.env.wasm.wasmBinary = await unpacked.arrayBuffer();
+  runtime.env.wasm.numThreads = 1; // more need headers that a plain static host does not send
+  const open = async (model, shape) =>
+    new Field(runtime, await runtime.InferenceSession.create(new Uint8Array(await model.arrayBuffer())), shape);
+  return {
+    settings: await settings.json(),
+    noise: new Float32Array(await noise.arrayBuffer()),
+    digits: await open(digits, [1, 28, 28]),
+    plane: await open(plane, [2]),
+  };
+}
