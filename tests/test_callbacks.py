@@ -187,7 +187,7 @@ def test_the_settings_of_a_run_have_short_names():
         "name": "x",
         "seed_everything": 3,
         "trainer.max_epochs": 5,
-        "trainer.max_steps": None,
+        "trainer.max_steps": -1,
         "trainer.precision": "32-true",
         "model.net.class_path": "flowmatch_mnist.networks.unet.UNet",
         "model.net.init_args.dropout": 0.1,

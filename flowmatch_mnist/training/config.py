@@ -70,6 +70,7 @@ def hyperparameters(config: dict[str, Any]) -> dict[str, Value]:
         if group in ("seed_everything", "model", "ema", "data") or key in ("trainer.max_epochs", "trainer.max_steps"):
             name = ".".join(part for part in rest.split(".") if part not in ("init_args", "class_path")) or group
             name = f"ema.{name}" if group == "ema" else name  # the learning rate has a decay too
-            if value is not None and name not in NOT_LEARNED:
+            unlimited = name in ("max_epochs", "max_steps") and value == -1
+            if value is not None and name not in NOT_LEARNED and not unlimited:
                 chosen[name] = value if isinstance(value, bool | int | float) else str(value).rsplit("flowmatch_mnist.", 1)[-1]
     return chosen
