@@ -258,13 +258,15 @@ ASSUMPTIONS = {
     "flow/meanflow.py": {"type": 1},  # autocast wants the device's name
     "flow/solvers.py": {"float64": 2, "tolist": 2},  # times on the CPU; one check for a solve
     "images/pictures.py": {"numpy": 4},
+    "images/strokes.py": {"float64": 5, "nonzero": 2},  # pictures, on the CPU
     "images/pixels.py": {"double": 1},  # images are on the CPU when they are dequantised for likelihoods
     "sampling/generate.py": {"tolist": 1, "type": 1},  # times on the CPU; batches as suit the device
     "sampling/likelihood.py": {"double": 1},  # on the CPU
     "sampling/weights.py": {"tolist": 1},
-    "support/devices.py": {"float64": 1, "type": 2},
+    "support/devices.py": {"float64": 1, "type": 4},
     "support/files.py": {"numpy": 1},  # on the CPU
     "training/cli.py": {"type": 1},  # said when a run begins
+    "training/config.py": {"type": 2},  # said when a run begins
     "training/console.py": {"item": 1},  # in a logged step
     "training/evaluation.py": {"item": 1, "tolist": 1},
     "training/gradients.py": {"item": 3, "tolist": 1, "type": 1},  # to skip a step; in a logged step

@@ -123,7 +123,7 @@ def test_one_process_fetches_at_a_time_beside_where_the_files_go(monkeypatch, tm
     mnist.prepare(tmp_path)
     assert scratch[0].parent == tmp_path and scratch[0].name.startswith(".fetching-") and not scratch[0].exists()
     assert {path.name: path.read_bytes() for path in mnist.home(tmp_path).iterdir()} == CONTENT
-    assert "fetching MNIST with a friend" in caplog.text and "nobody" not in caplog.text
+    assert "fetching MNIST (12 MB) with a friend" in caplog.text and "nobody" not in caplog.text
     mnist.prepare(tmp_path)
     assert len(scratch) == 1, "what is there is not fetched again"
 

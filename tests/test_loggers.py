@@ -59,20 +59,25 @@ def test_curves_over_something_else_go_to_tensorboard(trainer, loggers):
 def test_settings_go_to_all_in_each_ones_way(trainer, loggers, monkeypatch):
     asked = []
     monkeypatch.setattr(tensorboard, "hparams", lambda settings, metrics: asked.append((settings, metrics)) or "ab")
-    log_run(trainer, "one:\n  two", {"decay": 0.5}, ("quality/x", "quality/y"))
+    texts = {"command": "python train.py", "config": "one:\n  two"}
+    log_run(trainer, texts, {"decay": 0.5, "lr": 0.1}, ("batch_size", "lr"), ("quality/x", "quality/y"))
     board = loggers[0].experiment
-    board.add_text.assert_called_once_with("config", "    one:\n      two\n")
-    assert asked == [({"decay": 0.5}, {"quality/x": 0.0, "quality/y": 0.0, "loss/val": 0.0})]
+    said = [mock.call("command", "    python train.py\n"), mock.call("config", "    one:\n      two\n")]
+    assert board.add_text.call_args_list == said
+    assert asked == [({"lr": 0.1}, {"quality/x": 0.0, "quality/y": 0.0, "loss/val": 0.0})]
     assert board.file_writer.add_summary.call_args_list == [mock.call("a"), mock.call("b")]
     charts = {
         "losses": ["Multiline", ["loss/train", "loss/val"]],
+        "losses by time": ["Multiline", ["loss_by_time/val.*"]],
         "x": ["Multiline", ["quality/x"]],
         "y": ["Multiline", ["quality/y"]],
+        "gradient norm": ["Multiline", ["optimizer/gradient_norm"]],
+        "samples per second": ["Multiline", ["speed/samples_per_second"]],
     }
     board.add_custom_scalars.assert_called_once_with({"first look": charts})
     assert not loggers[0].log_hyperparams.called
     for logger in loggers[1:]:
-        logger.log_hyperparams.assert_called_once_with({"decay": 0.5})
+        logger.log_hyperparams.assert_called_once_with({"decay": 0.5, "lr": 0.1})
 
 
 def test_what_was_logged_is_put_on_the_disk_by_one_process(trainer, loggers):

@@ -1,8 +1,8 @@
 """Build the page in this folder: `python docs/demo/build.py`, then serve the folder, as it is, by any static host.
 
 Writes into `built/` what the page needs: two velocity fields as ONNX, noise, the settings of the sampler, and ONNX Runtime from
-its npm package. So the page fetches nothing from anyone else. Needs npm, and `pip install -e '.[onnx]'`. The field of the plane is
-trained first, in a minute, unless a checkpoint of it is given.
+its npm package. So the page fetches nothing from anyone else. Needs npm, and `pip install -e '.[onnx]'`. The field of the plane
+is trained first, in a minute, unless a checkpoint of it is given.
 
     python docs/demo/build.py && python -m http.server -d docs/demo
 """
