@@ -10,7 +10,6 @@ is trained first, in a minute, unless a checkpoint of it is given.
 import argparse
 import gzip
 import logging
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -25,6 +24,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from flowmatch_mnist.images.mnist import npm_pack
 from flowmatch_mnist.sampling.generate import Flow, draw_noise
 from flowmatch_mnist.sampling.weights import load, newest_checkpoint, weights_path
 from flowmatch_mnist.support import streams
@@ -92,16 +92,12 @@ def write_field(flow: Flow, path: Path) -> None:
 
 def fetch_runtime(built: Path) -> None:
     """Take ONNX Runtime out of its npm package, its binary compressed: the page unpacks it."""
-    npm = shutil.which("npm")
-    if npm is None:
-        raise UserError("npm is not on the PATH; it brings ONNX Runtime for the browser")
     with tempfile.TemporaryDirectory() as scratch:
-        command = [npm, "pack", RUNTIME, "--ignore-scripts", "--silent"]
-        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=600, check=False)
-        archives = list(Path(scratch).glob("*.tgz"))
-        if done.returncode or not archives:
-            raise UserError(f"npm could not fetch {RUNTIME}: {done.stderr.strip() or 'no package came'}")
-        with tarfile.open(archives[0]) as archive:
+        try:
+            package = npm_pack(RUNTIME, Path(scratch))
+        except OSError as error:
+            raise UserError(f"could not fetch {RUNTIME}: {error}; the page needs it, and npm to fetch it") from error
+        with tarfile.open(package) as archive:
             for name, target, pack in ((PROGRAM, "ort.mjs", bytes), (BINARY, "ort.wasm.gz", gzip.compress)):
                 content = archive.extractfile(f"package/dist/{name}")
                 assert content is not None

