@@ -97,6 +97,14 @@ def test_the_pictures_of_a_run_make_a_film_in_their_order(tmp_path, digits, monk
     fit(tmp_path, digits, DrawSamples(0, at_steps=[3], rows=2))
     with Image.open(tmp_path / "samples/learning.gif") as film:
         assert film.n_frames == 3 and film.size == (1200, 120), "of one size alone, that of the last"
+
+    class Tidy(Callback):
+        def on_train_batch_end(self, *_):
+            for picture in (tmp_path / "samples").glob("*"):
+                picture.unlink()
+
+    fit(tmp_path, digits, DrawSamples(0, at_steps=[3], rows=2), Tidy())
+    assert not list((tmp_path / "samples").iterdir()), "without pictures there is no film, and no error"
     fit(tmp_path / "other", digits, DrawSamples(0, at_steps=[]))
     assert not (tmp_path / "other").exists()
 

@@ -78,7 +78,8 @@ class DrawSamples(Periodic):
         """Make the film, of the pictures of earlier parts of the run too."""
         if self.folder is not None and self._filmed is not None and trainer.is_global_zero:
             pictures = sorted((self.folder / "samples").glob(f"{self._filmed}-*.png"))
-            save_film(pictures, self.folder / "samples" / FILM)
+            if pictures:  # somebody may have removed them
+                save_film(pictures, self.folder / "samples" / FILM)
 
 
 class WriteSamples(BasePredictionWriter):
