@@ -1,12 +1,13 @@
-"""Few steps: teacher, reflowed, distilled and mean-flow networks at 1, 2, 4 and 8 evaluations, scored beside real digits, and
-how straight the trajectories of each are.
+"""Few steps: score teacher, reflowed, distilled and mean-flow networks at 1, 2, 4 and 8 evaluations against real digits.
+
+The script also measures how straight the trajectories of each network are.
 
     python benchmarks/few_steps.py teacher=mnist 2-reflow=runs/reflow/version_0/checkpoints/last.ckpt ...
 
-A model is NAME=WEIGHTS, a file or a name of weights in the package. Each is sampled by its own solver and guidance, in as many
-steps as the evaluations allow: a guided step takes two. Several seeds of one model are given as the same NAME again, and the
-table has their mean and range. Writes `docs/few_steps.json`, `docs/few_steps.png` (the same ten noises in each row) and
-`docs/ways.png` (how some pixels go from noise to digit), and prints the table.
+A model is NAME=WEIGHTS: a file, or a name of weights in the package. Each is sampled with its own solver and guidance, in as
+many steps as the evaluations allow. A guided step takes two evaluations. To give several seeds of one model, repeat its NAME:
+the table then has their mean and range. The script writes `docs/few_steps.json`, `docs/few_steps.png` (the same ten noises in
+each row) and `docs/ways.png` (the trajectories of some pixels from noise to digit). It prints the table.
 """
 
 import argparse
@@ -29,13 +30,13 @@ from flowmatch_mnist.support.errors import UserError, exit_on_error
 from flowmatch_mnist.support.files import replacing, save_json
 
 FINE = 50
-"""Steps of Euler's along which straightness is taken."""
+"""Number of Euler steps for the measurement of straightness."""
 
 SHOWN = {"Frechet distance ratio": ".2f", "label accuracy": ".3f", "recall": ".3f"}
 
 
 def with_evaluations(flow: Flow, sampler: Sampler, evaluations: int) -> Sampler:
-    """The sampler with the most steps that spend no more evaluations; without guidance where not even one step is so cheap."""
+    """Return the sampler with as many steps as the evaluations allow, without guidance if they do not allow one guided step."""
     for steps in range(evaluations, 0, -1):
         tried = replace(sampler, steps=steps)
         if generate(flow, torch.zeros(1, dtype=torch.int64), tried).evaluations <= evaluations:
@@ -44,7 +45,7 @@ def with_evaluations(flow: Flow, sampler: Sampler, evaluations: int) -> Sampler:
 
 
 def ways(flow: Flow, sampler: Sampler, count: int = 200) -> torch.Tensor:
-    """The states of some digits at equal times, (FINE + 1, count, 1, 28, 28)."""
+    """Return the states of `count` digits at equally spaced times: (FINE + 1, count, 1, 28, 28)."""
     fine = replace(sampler, steps=FINE, solver="euler")
     drawn = generate(flow, torch.arange(count) % 10, fine, keep_states=True, decode=torch.Tensor.clone)
     assert drawn.states is not None
@@ -52,7 +53,7 @@ def ways(flow: Flow, sampler: Sampler, count: int = 200) -> torch.Tensor:
 
 
 def draw_ways(found: dict[str, torch.Tensor], path: Path) -> None:
-    """Some pixels' ways from noise to digit, a panel for each model, the same pixels of the same noises."""
+    """Draw the trajectories of some pixels, one panel for each model. All panels have the same pixels of the same noises."""
     figure = Figure(figsize=(3.2 * len(found), 3), dpi=100, layout="constrained")
     panels = figure.subplots(1, len(found), sharex=True, sharey=True, squeeze=False)[0]
     pixels = next(iter(found.values()))[0].numel()
@@ -67,18 +68,18 @@ def draw_ways(found: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Score all models, print the table, and write the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="NAME=WEIGHTS")
     parser.add_argument("--evaluations", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--samples", type=int, default=10_000, help="digits for each setting (default: 10000)")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--device", default=default_device())
-    parser.add_argument("--out", type=Path, default=Path("docs/few_steps"), help="of table and picture, without ending")
+    parser.add_argument("--out", type=Path, default=Path("docs/few_steps"), help="output path, without extension")
     options = parser.parse_args()
     models = [tuple(model.split("=", 1)) for model in options.models]
     if any(len(model) != 2 for model in models):
-        raise UserError("models are given as NAME=WEIGHTS, such as teacher=mnist")
+        raise UserError("cannot read the models: write each as NAME=WEIGHTS, such as teacher=mnist")
     score = Judge(options.data_dir, options.device)
     rows: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     straight: dict[str, list[float]] = defaultdict(list)
@@ -109,7 +110,7 @@ def main() -> None:
 
 
 def spread(values: list[float], form: str) -> str:
-    """The mean, and with several values their range."""
+    """Return the mean as text, and the range of several values."""
     mean = f"{sum(values) / len(values):{form}}"
     return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
 

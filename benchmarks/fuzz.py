@@ -1,12 +1,13 @@
-"""Does anything that is damaged, foreign or mistyped do more than get one line?
+"""Does every damaged, foreign or mistyped input get one line of error, and nothing else?
 
-    python benchmarks/fuzz.py                       1,000 corruptions of each kind of file, 300 commands, some ten minutes
+    python benchmarks/fuzz.py                       1,000 corruptions of each kind of file, 300 commands, about ten minutes
     python benchmarks/fuzz.py --corruptions 50 --commands 30
 
-Files (a checkpoint, weights, data, a config, a picture) are cut off, have bits flipped, stretches zeroed, swapped or filled
-with noise, or are replaced. Each must be refused with one line, or give exactly what the undamaged file gives (a config may
-also say something else that is valid). Malformed commands must end with status 2 and one line. A traceback, another status,
-a result from damaged content, a changed file, or half a minute without an answer is a slip. Ends with status 1 if there is one.
+The script damages files: a checkpoint, weights, data, a config, a picture. It cuts them off, flips bits, sets stretches to
+zero, swaps bytes, fills in noise, or replaces the file. The package must refuse each with one line, or return exactly the
+result of the undamaged file. (A damaged config may also be valid with another meaning.) Malformed commands must end with
+status 2 and one line. A traceback, another status, a result from damaged content, a changed file, or half a minute without an
+answer is a slip. The script ends with status 1 if there is a slip.
 """
 
 import argparse
@@ -48,7 +49,7 @@ TINY = ROOT / "tests" / "tiny.yaml"
 
 
 def corrupt(content: bytes, dice: random.Random) -> bytes:
-    """The content with one thing wrong with it."""
+    """Return the content with one random damage."""
     kind = dice.choice(["cut", "flip", "flip", "zero", "swap", "noise", "foreign"])
     start, length = dice.randrange(len(content)), dice.choice([1, 4, 64, 4096])
     stretch = slice(start, start + length)
@@ -74,7 +75,7 @@ def corrupt(content: bytes, dice: random.Random) -> bytes:
 
 
 class SlowError(Exception):
-    """Half a minute went by."""
+    """A call took longer than its time limit."""
 
 
 @contextlib.contextmanager
@@ -94,7 +95,7 @@ def patience(seconds: int = 30) -> Iterator[None]:
 
 
 def plain(value: Any) -> Any:
-    """A value that can be compared with ==, tensors by their bytes."""
+    """Return a form of the value that can be compared with ==. Tensors are compared by their bytes."""
     if isinstance(value, torch.Tensor):
         return value.shape, value.dtype, value.contiguous().numpy().tobytes()
     if isinstance(value, dict):
@@ -103,13 +104,13 @@ def plain(value: Any) -> Any:
 
 
 def take_checkpoint(path: Path) -> Any:
-    """What `sample.py` would draw with."""
+    """Return the weights and settings with which `sample.py` would draw."""
     flow, sampler = load(path)
     return plain(flow.net.state_dict()), flow.describe(sampler)
 
 
 def take_picture(path: Path) -> Any:
-    """Draw from the picture's noise; pixels may come out otherwise, since a PNG says itself where it ends."""
+    """Draw from the picture's noise. The drawn pixels may differ, because a PNG itself says where it ends."""
     return run_command(
         "sample.py",
         "3",
@@ -124,7 +125,7 @@ def take_picture(path: Path) -> Any:
 
 @dataclass
 class Kind:
-    """A kind of file: its whole content, its name, and what is taken from it."""
+    """A kind of file: its undamaged content, its name, and the function that reads it."""
 
     content: bytes
     name: str
@@ -132,7 +133,7 @@ class Kind:
 
 
 def kinds(folder: Path, data_dir: Path) -> dict[str, Kind]:
-    """The kinds of files there are, from genuine ones; `folder` is where they may lie."""
+    """Return all kinds of files, made from genuine ones in `folder`."""
     checkpoint = folder / "tiny.ckpt"
     torch.manual_seed(0)
     flow = Flow(UNet((4, 8, 8), (1, 2, 2)))
@@ -160,7 +161,7 @@ def kinds(folder: Path, data_dir: Path) -> dict[str, Kind]:
 
 
 def call(script: str, *arguments: object) -> tuple[int, str, str]:
-    """Run train.py or sample.py in this process, which saves the seconds that starting one takes: (status, stdout, stderr)."""
+    """Run train.py or sample.py within this process, which saves the start of a new one. Return (status, stdout, stderr)."""
     out, err, status = io.StringIO(), io.StringIO(), 0
     log = logging.getLogger("flowmatch_mnist")
     handlers, at_sigterm = list(log.handlers), signal.getsignal(signal.SIGTERM)
@@ -177,13 +178,13 @@ def call(script: str, *arguments: object) -> tuple[int, str, str]:
 
 
 def run_command(script: str, *arguments: object) -> None:
-    """Run a command, but for the training itself.
+    """Run a command without the training itself.
 
     Raises:
-        UserError: with the one line it had to say of a mistake.
-        AssertionError: if it ended in yet another way.
+        UserError: with the command's one line of error.
+        AssertionError: if the command ended in any other way.
     """
-    # Nothing is trained: what is tried is what happens before.
+    # Nothing is trained, because this script tests only what happens before.
     with mock.patch.object(Trainer, "_fit_impl"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         status, _, err = call(script, *arguments)
@@ -195,13 +196,13 @@ def run_command(script: str, *arguments: object) -> None:
 
 
 def slip(act: Callable[[], Any]) -> tuple[str, Any]:
-    """Do it: ("refused", line), ("accepted", result), or ("slip", what happened)."""
+    """Call `act`. Return ("refused", line), ("accepted", result) or ("slip", description)."""
     try:
         with patience():
             return "accepted", act()
     except UserError as error:
         message = str(error)
-        return ("refused", message) if "\n" not in message else ("slip", f"more than a line: {message}")
+        return ("refused", message) if "\n" not in message else ("slip", f"more than one line: {message}")
     except SlowError:
         return "slip", "no answer in half a minute"
     except BaseException:
@@ -210,7 +211,7 @@ def slip(act: Callable[[], Any]) -> tuple[str, Any]:
 
 
 def fuzz_files(count: int, seed: int, folder: Path, data_dir: Path) -> dict[str, tuple[dict[str, int], list[str]]]:
-    """Corrupt each kind of file so often: by kind, how it went, and the slips."""
+    """Corrupt each kind of file `count` times. Return the counts of outcomes and the slips, by kind."""
     results = {}
     for what, kind in kinds(folder, data_dir).items():
         dice = random.Random(f"{seed} {what}")
@@ -238,7 +239,7 @@ WORDS = ["", "x", "-1", "0", "nan", "inf", "1e400", "3.5", "[1", "{}", "null", "
 
 
 def malformed(dice: random.Random, checkpoint: Path) -> list[str]:
-    """A command with something wrong with it."""
+    """Return a random malformed command."""
     word = dice.choice(WORDS)
     number = str(-dice.randrange(1, 10**9))
     sample = [
@@ -301,7 +302,7 @@ def malformed(dice: random.Random, checkpoint: Path) -> list[str]:
 
 
 def fuzz_commands(count: int, seed: int, folder: Path) -> tuple[dict[str, int], list[str]]:
-    """Try so many malformed commands: how it went, and the slips."""
+    """Try `count` malformed commands. Return the counts of outcomes, and the slips."""
     dice = random.Random(f"{seed} commands")
     checkpoint = folder / "tiny.ckpt"
     counts, slips = {"refused": 0, "slip": 0}, []
@@ -310,9 +311,9 @@ def fuzz_commands(count: int, seed: int, folder: Path) -> tuple[dict[str, int], 
         command = malformed(dice, checkpoint)
         outcome, result = slip(lambda command=command: run_command(*command))
         if outcome == "accepted":
-            outcome, result = "slip", "it was accepted"
+            outcome, result = "slip", "the command was accepted"
         if (after := sorted(path.name for path in folder.iterdir())) != before:
-            outcome, result = "slip", f"left something behind: {set(after) - set(before)}"
+            outcome, result = "slip", f"the command left files: {set(after) - set(before)}"
             before = after
         counts[outcome] += 1
         if outcome == "slip":
@@ -321,17 +322,17 @@ def fuzz_commands(count: int, seed: int, folder: Path) -> tuple[dict[str, int], 
 
 
 def main() -> None:
-    """Parse the command line, try, and say how it went."""
+    """Try all files and commands, and print a table and the slips."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corruptions", type=int, default=1000, help="of each kind of file (default: 1000)")
-    parser.add_argument("--commands", type=int, default=300, help="malformed ones (default: 300)")
-    parser.add_argument("--seed", type=int, default=0, help="of what goes wrong (default: 0)")
-    parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="where MNIST is, or is put")
+    parser.add_argument("--corruptions", type=int, default=1000, help="corruptions of each kind of file (default: 1000)")
+    parser.add_argument("--commands", type=int, default=300, help="number of malformed commands (default: 300)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the damage (default: 0)")
+    parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="folder of MNIST, which is downloaded if missing")
     options = parser.parse_args()
     torch.set_num_threads(1)  # the networks are too small for more
     mnist.prepare(options.data_dir)
     data_dir = options.data_dir.resolve()
-    # A damaged number must not ask for all of the machine's memory.
+    # A damaged number must not allocate all of the machine's memory.
     import resource  # Windows has none
 
     resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, 8 << 30))

@@ -1,9 +1,9 @@
-"""All that is to be said of a GPU, in one run of under nine minutes on a data-centre card.
+"""Measure everything on a GPU, in one run of under nine minutes on a data-centre card.
 
-    pip install -e '.[rivals]' && python benchmarks/gpu.py        writes docs/gpu.json, and a picture of what each config drew
+    pip install -e '.[rivals]' && python benchmarks/gpu.py        writes docs/gpu.json, and a picture of each config's digits
 
-Each part has its seconds. One that fails, or takes longer, is noted, and the next begins; the file is written after each part.
-No part begins after --seconds.
+Each part has a time limit. If a part fails or takes longer, the script notes that, and the next part begins. It writes the file
+after each part. No part begins after --seconds.
 """
 
 import argparse
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(seconds: int, script: str, *arguments: object) -> dict[str, Any]:
-    """Run a script of this project: how long it took, and the last lines that it printed."""
+    """Run a script of this project. Return its seconds and the last lines that it printed."""
     start = time.perf_counter()
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
@@ -40,14 +40,14 @@ def run(seconds: int, script: str, *arguments: object) -> dict[str, Any]:
 
 
 def train(options: argparse.Namespace, config: str, seconds: int, *arguments: object) -> dict[str, Any]:
-    """Time to quality: the seconds from the command to its end, and the scores of what came out."""
+    """Train a config. Return the seconds from the command to its end, and the scores of the trained model."""
     quiet = [*UNWATCHED, "--name", f"gpu_{config}", *arguments]
     found = run(seconds, "train.py", "fit", "--config", ROOT / f"configs/{config}.yaml", *quiet)
     return found | draw(options, newest_checkpoint(name=f"gpu_{config}"), config)
 
 
 def draw(options: argparse.Namespace, path: Path, name: str) -> dict[str, Any]:
-    """Digits per second, once all is warm, and their scores; some are kept as a picture."""
+    """Return digits per second after a warm-up, and their scores. Save some digits as a picture."""
     _, flow, sampler = load_digits(path, options.device)
     labels = options.score.labels(options.samples)
     generate(flow, labels[:100], sampler)
@@ -60,7 +60,7 @@ def draw(options: argparse.Namespace, path: Path, name: str) -> dict[str, Any]:
 
 
 def parts(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What is measured, in the order of its worth."""
+    """Return the parts by their names, the most important first."""
     return {
         "quick": lambda: train(options, "quick", 150),
         "sampling": lambda: {name: draw(options, path, name) for name, path in PRETRAINED.items()},
@@ -77,15 +77,15 @@ def parts(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
 
 
 def main() -> None:
-    """Measure part after part, and write what was found after each."""
+    """Measure part after part, and write the results after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--parts", nargs="+", help="some of: quick, sampling, mnist, ... (default: all that there are GPUs for)"
+        "--parts", nargs="+", help="parts to run: quick, sampling, mnist, ... (default: all for which there are enough GPUs)"
     )
-    parser.add_argument("--seconds", type=float, default=420, help="after which no part begins (default: 420)")
+    parser.add_argument("--seconds", type=float, default=420, help="no part begins after so many seconds (default: 420)")
     parser.add_argument("--samples", type=int, default=2000, help="digits drawn with each model (default: 2000)")
     parser.add_argument("--device", default=default_device())
-    parser.add_argument("--out", type=Path, default=Path("docs/gpu"), help="of file and pictures, without ending")
+    parser.add_argument("--out", type=Path, default=Path("docs/gpu"), help="output path, without extension")
     options = parser.parse_args()
     options.score = Judge(device=options.device)
     count = torch.accelerator.device_count()

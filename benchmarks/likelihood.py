@@ -1,11 +1,12 @@
-"""How many bits does a digit take, and does the flow know which digit it is?
+"""How many bits does a digit take, and does the flow know its class?
 
-    python benchmarks/likelihood.py                          the newest run, 200 digits of the test set under every label
+    python benchmarks/likelihood.py                          the newest run, 200 test digits under every label
     python benchmarks/likelihood.py --images 1000 --solver dopri5 --tolerance 1e-4 --out runs/likelihood.json
 
-Bits per dimension of MNIST's official test set, dequantised with uniform noise, given the label and without it; and how often
-the label that makes the digit likeliest is its own. Each integration goes by the instantaneous change of variables, with
-Hutchinson's estimate of the divergence. It says nothing of how good drawn digits look (Theis et al. 2016, section 3.2).
+The script measures bits per dimension of MNIST's official test set, dequantised with uniform noise, given the label and
+without it. It also measures how often a digit is likeliest under its own label. It integrates the instantaneous change of
+variables, with Hutchinson's estimate of the divergence. The likelihood says nothing about how good drawn digits look (Theis et
+al. 2016, section 3.2).
 """
 
 import argparse
@@ -32,48 +33,48 @@ from flowmatch_mnist.support.files import save_json
 
 
 def mean(values: Tensor) -> dict[str, float]:
-    """The mean of some values, and its standard error."""
+    """Return the mean of some values, and its standard error."""
     return {"mean": values.mean().item(), "standard_error": values.std().item() / math.sqrt(len(values))}
 
 
 def in_words(figure: dict[str, float]) -> str:
-    """A mean and its standard error."""
+    """Return a mean and its standard error as text."""
     return "{mean:.4f} +- {standard_error:.4f}".format(**figure)
 
 
 def main() -> None:
-    """Measure, and say what came."""
+    """Measure, print the results, and write them if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="the model (default: last.ckpt of the newest run)")
     parser.add_argument(
-        "--images", type=int, default=200, help="how many, 2 to 10,000, in a fixed shuffled order (default: 200)"
+        "--images", type=int, default=200, help="number of test digits, 2 to 10,000, in a fixed shuffled order (default: 200)"
     )
     parser.add_argument("--solver", choices=SOLVERS, default=INTEGRATOR.solver, help=f"(default: {INTEGRATOR.solver})")
     parser.add_argument(
-        "--steps", type=int, default=INTEGRATOR.steps, help=f"(default: {INTEGRATOR.steps}; dopri5 has its own)"
+        "--steps", type=int, default=INTEGRATOR.steps, help=f"(default: {INTEGRATOR.steps}; dopri5 chooses its own)"
     )
-    parser.add_argument("--spacing", choices=SPACINGS, default=INTEGRATOR.spacing, help="of the steps")
-    parser.add_argument("--tolerance", type=float, default=1e-5, help="of dopri5 (default: 1e-5)")
-    parser.add_argument("--guidance", type=float, default=1.0, help="of the flow (default: 1, none)")
-    parser.add_argument("--seed", type=int, default=0, help="of the pixels' noise and the probes (default: 0)")
+    parser.add_argument("--spacing", choices=SPACINGS, default=INTEGRATOR.spacing, help="spacing of the steps")
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="tolerance of dopri5 (default: 1e-5)")
+    parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale of the flow (default: 1, none)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the pixels' noise and of the probes (default: 0)")
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--device", default=default_device())
-    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
+    parser.add_argument("--out", type=Path, help="path of a JSON file for the results")
     options = parser.parse_args()
     try:
         sampler = Sampler(options.steps, options.solver, options.guidance, spacing=options.spacing)
     except ValueError as error:
         raise UserError(error) from error
     if not 2 <= options.images <= 10_000 or options.batch_size < 1 or not 0 < options.tolerance < 1:
-        raise UserError("--images takes 2 to 10000, --batch-size at least 1, --tolerance a number between 0 and 1")
+        raise UserError("--images must be 2 to 10000, --batch-size at least 1, and --tolerance between 0 and 1")
     if not sampler.reversible:
-        raise UserError(f"{sampler.solver} goes from noise to data only; choose another --solver")
+        raise UserError(f"{sampler.solver} cannot go from data to noise; choose another --solver")
     checkpoint, flow, _ = load_digits(options.checkpoint, options.device)
     mnist.prepare(options.data_dir)
     images, labels = mnist.load(options.data_dir, "test")
     chosen = torch.randperm(len(images), generator=streams.generator("cpu", "likelihood"))[: options.images]
-    # The numbers are those of the test set: a digit's noise and probe are the same, however many are measured.
+    # Numbers within the test set: so a digit's noise and probe do not depend on how many digits are measured.
     numbers = chosen.tolist()
     x1, log_slope = dequantize(images[chosen], PIXELS[flow.units.name], seed=options.seed, numbers=numbers)
 
@@ -104,7 +105,7 @@ def main() -> None:
     }
     print(f"{checkpoint}, {len(x1)} test digits, {how}, {flow.units.name} pixels, seed {options.seed}")
     print(f"bits per dimension, given the label: {in_words(figures['bits_per_dimension_given_the_label'])}")
-    print(f"bits per dimension, any label:       {in_words(figures['bits_per_dimension'])}")
+    print(f"bits per dimension, over all labels: {in_words(figures['bits_per_dimension'])}")
     print(f"accuracy of the likeliest label:     {in_words(figures['accuracy'])}")
     print(f"{found.evaluations} evaluations for each digit and label, {seconds:.0f} s")
     if options.out:

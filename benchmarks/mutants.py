@@ -1,15 +1,16 @@
-"""Do the tests notice a mistake? Mistakes are made on purpose, one at a time, in every file of the package.
+"""Do the tests notice a mistake? This script makes mistakes on purpose, one at a time, in every file of the package.
 
-    python benchmarks/mutants.py                       all of them
-    python benchmarks/mutants.py flow.paths reflow     those of some files
-    python benchmarks/mutants.py --again LOG           those that survived, by what an earlier run printed
+    python benchmarks/mutants.py                       all mutants
+    python benchmarks/mutants.py flow.paths reflow     the mutants of some files
+    python benchmarks/mutants.py --again LOG           the survivors of an earlier run, from its output
     python benchmarks/mutants.py --settings            settings without a test in tests/settings.json, which it writes
 
-A mistake is a sign flipped, a factor dropped, a comparison or a condition changed, a number off by one, an argument not handed
-on, ignored or swapped with its neighbour, a call left out, a split or a period in place of another (`mutations.py` has them
-all). The tests are run once under coverage. Then each mutant meets those that pass through its lines, in a forked process.
-Tests that start processes do not count: those would run the code as it is. All is done in a copy of the project. Prints the
-mutants that no test notices, and their number for each file. Ends with status 1 if more than 3% survive.
+A mutant is the package with one mistake: a flipped sign, a dropped factor, a changed comparison or condition, a number off by
+one, an argument dropped, ignored or swapped with its neighbour, a call left out, another split or period (`mutations.py` has
+the full list). The tests run once under coverage. Then, for each mutant, a forked process runs the tests that pass through its
+lines. Tests that start processes do not count, because those processes would run the unchanged code. All of this happens in a
+copy of the project. The script prints the mutants that no test notices, and their number for each file. It ends with status 1
+if more than 3% survive.
 """
 
 import argparse
@@ -53,13 +54,13 @@ OPTIONS = [
 ]
 SURVIVED = "survived: "
 COPY = "FLOWMATCH_MNIST_COPY"
-"""A variable that tells the script that it runs in a copy of the project."""
+"""An environment variable that says that the script runs in a copy of the project."""
 HEARINGS = (3.0, 40.0)
-"""Seconds of tests that a mutant meets at first, and, if it survives those, after that."""
+"""Seconds of tests in a mutant's first round, and in its second round if it survives the first."""
 
 
 class Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports the mutant in place of its file."""
+    """An importer that imports the mutant instead of its file."""
 
     def __init__(self, mutant: Mutant) -> None:
         self.mutant = mutant
@@ -73,7 +74,7 @@ class Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def run_path(mutant: Mutant) -> None:
-    """Have scripts that are run by their path be the mutant, too."""
+    """Make `runpy.run_path` run the mutant, too, when a test runs its file as a script."""
     really = runpy.run_path
 
     def run(path: str, *arguments: Any, **settings: Any) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def run_path(mutant: Mutant) -> None:
 
 
 class FirstFailure:
-    """A plugin of pytest that writes down which test failed."""
+    """A pytest plugin that writes the name of the failed test to a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -98,7 +99,7 @@ class FirstFailure:
 
 
 def noticed_by(mutant: Mutant, tests: Sequence[str], seconds: float) -> str | None:
-    """The test that fails on a mutant, run in a fork; None if all pass."""
+    """Run tests on a mutant in a fork. Return the test that fails, or None if all pass."""
     with tempfile.TemporaryDirectory() as folder:
         failure = Path(folder) / "failure"
         child = os.fork()
@@ -124,10 +125,10 @@ def noticed_by(mutant: Mutant, tests: Sequence[str], seconds: float) -> str | No
 
 
 class Court:
-    """Which tests each mutant meets, and in which order.
+    """The choice and order of the tests for each mutant.
 
     Args:
-        known: what `watch.record` wrote down.
+        known: the record from `watch.record`.
     """
 
     def __init__(self, known: dict[str, Any]) -> None:
@@ -140,10 +141,10 @@ class Court:
         self.shared = shared
 
     def tests_of(self, mutant: Mutant) -> list[str]:
-        """Those that pass through its lines, the quickest first; for a line that is only imported, through its file, or
-        all, for a file of such lines alone.
+        """Return the tests that pass through the mutant's lines, the fastest first.
 
-        Of the cases of one test, those that come later wait: they have much in common.
+        If its lines only run at import, return the tests that pass through its file. If the whole file only runs at import,
+        return all tests. Later cases of the same test wait longer, because the cases have much in common.
         """
         lines = self.lines.get(mutant.file, {})
         inside = [lines.get(str(line), []) for line in range(mutant.line, mutant.end + 1)]
@@ -159,12 +160,12 @@ class Court:
         return sorted(waits, key=lambda name: (waits[name], name))
 
     def seconds(self, test: str, paid: Collection[str] = ()) -> float:
-        """How long a test takes, with the fixtures that tests share, but for those that are there already."""
+        """Return the seconds of a test, with its shared fixtures except those in `paid`, which exist already."""
         fixtures = set(self.tests[test]["fixtures"]).difference(paid)
         return float(self.tests[test]["seconds"] + sum(self.fixtures.get(fixture, 0.0) for fixture in fixtures))
 
     def try_one(self, mutant: Mutant) -> tuple[Mutant, str | None]:
-        """A mutant, and the test that notices it."""
+        """Return the mutant, and the test that notices it, or None."""
         tests, paid = self.tests_of(mutant), set[str]()
         for seconds in HEARINGS:
             heard, taken = [], 0.0
@@ -180,7 +181,7 @@ class Court:
 
 
 def in_a_copy() -> int:
-    """Do the same in a copy of the project, which mutants may damage; bring back what is to be kept: the exit status."""
+    """Run this script in a copy of the project, which mutants may damage. Copy the results back, and return the exit status."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / ROOT.name
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", ".venv*", "*.egg-info"))
@@ -194,18 +195,18 @@ def in_a_copy() -> int:
 
 
 def exists(test: str) -> bool:
-    """Whether there is a test of that name."""
+    """Return whether a test with that name exists."""
     file, _, name = test.partition("::")
     return (ROOT / file).exists() and f"def {name}(" in (ROOT / file).read_text()
 
 
 def main() -> None:
-    """Try them all."""
+    """Test all mutants, and print the survivors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", metavar="FILE", help=f"of the package: {', '.join(FILES)}")
+    parser.add_argument("files", nargs="*", metavar="FILE", help=f"files of the package: {', '.join(FILES)}")
     parser.add_argument("--settings", action="store_true", help="only settings that tests/settings.json has no test for")
-    parser.add_argument("--share", type=int, default=1, metavar="N", help="only every N-th (default: 1)")
-    parser.add_argument("--again", type=Path, metavar="LOG", help="only those that survived, by what an earlier run printed")
+    parser.add_argument("--share", type=int, default=1, metavar="N", help="only every N-th mutant (default: 1)")
+    parser.add_argument("--again", type=Path, metavar="LOG", help="only the survivors of an earlier run, from its output")
     options = parser.parse_args()
     if COPY not in os.environ:
         raise SystemExit(in_a_copy())
@@ -214,7 +215,7 @@ def main() -> None:
     os.chdir(ROOT)
     known = record()
     sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-    for name in known["modules"]:  # once, here, and not in every fork
+    for name in known["modules"]:  # import once here, instead of in every fork
         with suppress(Exception):
             importlib.import_module(name)
     kind = ignored_settings if options.settings else mutants
@@ -227,7 +228,7 @@ def main() -> None:
     court = Court(known)
     gc.freeze()
     counts, alive = Counter(mutant.file for mutant in every), Counter[str]()
-    # Processes without threads, which alone may fork safely; each learns by itself which tests notice most.
+    # These processes have no threads, so they can fork safely. Each learns alone which tests notice the most mutants.
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         for mutant, test in track(pool.imap_unordered(court.try_one, every), "mutants", len(every)):
             if test is None:
@@ -241,7 +242,7 @@ def main() -> None:
         counted.add_row(file, str(count), str(alive[file]))
     Console().print(counted)
     share = alive.total() / max(1, len(every))
-    print(f"{len(every)} mutants, {alive.total()} survived ({share:.1%}); {len(found) - len(mistakes)} others are no mistake")
+    print(f"{len(every)} mutants, {alive.total()} survived ({share:.1%}); {len(found) - len(mistakes)} others are no mistakes")
     raise SystemExit(int(share > 0.03))
 
 

@@ -1,4 +1,4 @@
-"""The mistakes that `mutants.py` makes on purpose: each is one changed place of one file."""
+"""The mistakes that `mutants.py` makes on purpose. Each changes one place in one file."""
 
 import ast
 import copy
@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "flowmatch_mnist"
 FILES = [".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in sorted(PACKAGE.rglob("*.py"))]
 FILES = [file for file in FILES if not file.endswith("__init__")]
 EQUIVALENT: dict[str, str] = json.loads(Path(__file__).with_name("equivalent.json").read_text())
-"""Mutants that are no mistake, by their keys, and why. They are not tried."""
+"""Mutants that are no mistake: the reason by the mutant's key. They are not tested."""
 ALIKE = [
     ("alpha", "sigma"),
     ("alpha_dot", "sigma_dot"),
@@ -25,14 +25,14 @@ ALIKE = [
     ("global_step", "current_epoch"),
     ("every_n_steps", "every_n_epochs"),
 ]
-"""Names that are easily taken for each other."""
+"""Names that are easily confused."""
 SWAPPED = {one: other for pair in ALIKE for one, other in (pair, pair[::-1])}
 SPLITS = {"train": "test", "val": "train", "test": "train"}
-"""Names of splits, as texts."""
+"""Names of splits, as strings, and the split to use instead."""
 SYMMETRIC = {"min", "max", "gcd"}
-"""Functions whose arguments have no order."""
+"""Functions for which the order of the arguments does not matter."""
 STREAMS = {"seed", "generator", "share", "uniform", "normal"}
-"""Functions that make random numbers from all of their arguments."""
+"""Functions that derive random numbers from all of their arguments."""
 COMPARED = {
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,
@@ -46,16 +46,16 @@ COMPARED = {
     ast.NotIn: ast.In,
 }
 UNSEEN = {"help", "metavar", "strict", "flush", "encoding", "color", "linewidth", "s"}
-"""Keywords that are for the eye, or for a check of what is so anyway."""
+"""Keyword arguments that only change the appearance, or check a fact that is always true."""
 PARSED = "options = parser.parse_args()"
-"""Where a command line is read."""
+"""The statement that reads a command line."""
 LEFT_ALONE = (ast.Raise, ast.Assert, ast.Import, ast.ImportFrom, ast.JoinedStr, ast.arguments)
-"""What errors say, and what a type checker reads, is left alone."""
+"""Nodes without mutants: the words of errors, and parts for the type checker."""
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One mistake in a file: its first and last line, what was done there, and the whole file with it."""
+    """One mistake in a file: its first and last line, its description, and the source of the whole file with it."""
 
     file: str
     line: int
@@ -65,17 +65,17 @@ class Mutant:
 
     @property
     def key(self) -> str:
-        """What tells it from others, wherever its line is."""
+        """Return the name that distinguishes the mutant from others, independent of its line number."""
         return f"{self.file}: {self.what}"
 
 
 def name_of(function: ast.expr) -> str:
-    """The last part of what is called."""
+    """Return the last part of the called function's name."""
     return function.attr if isinstance(function, ast.Attribute) else function.id if isinstance(function, ast.Name) else ""
 
 
 def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    """What a node can be changed to, and what that is called."""
+    """Yield each change of a node, as its description and the new node."""
     match node:
         case ast.BinOp(left, ast.Add(), right):
             yield "sign flipped", ast.BinOp(left, ast.Sub(), right)
@@ -137,7 +137,7 @@ def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
 
 
 def changed_functions(function: ast.FunctionDef) -> Iterator[tuple[str, ast.AST]]:
-    """A function that ignores an argument or an option and takes its default, or lacks a decorator about gradients."""
+    """Yield versions of a function that ignore an argument or option (and use its default), or lack a gradient decorator."""
     arguments = function.args
     positional = [*arguments.posonlyargs, *arguments.args]
     pairs = list(zip(positional[len(positional) - len(arguments.defaults) :], arguments.defaults, strict=True))
@@ -164,7 +164,7 @@ def changed_functions(function: ast.FunctionDef) -> Iterator[tuple[str, ast.AST]
 
 
 def options_of(function: ast.FunctionDef) -> Iterator[str]:
-    """The options of a command line that are defined in a function."""
+    """Yield the command-line options that a function defines."""
     for node in ast.walk(function):
         if isinstance(node, ast.Call) and name_of(node.func) == "add":
             first = ast.literal_eval(node.args[0])
@@ -173,7 +173,7 @@ def options_of(function: ast.FunctionDef) -> Iterator[str]:
 
 
 def changed_fields(cls: ast.ClassDef) -> Iterator[tuple[str, ast.AST]]:
-    """A dataclass that ignores one of its fields, and has the default there."""
+    """Yield versions of a dataclass that ignore one field, and use its default."""
     if not any("dataclass" in ast.unparse(decorator) for decorator in cls.decorator_list):
         return
     for field in cls.body:
@@ -189,7 +189,7 @@ def changed_fields(cls: ast.ClassDef) -> Iterator[tuple[str, ast.AST]]:
 
 
 def places(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
-    """Every node under one, but what is left alone: (its parent, the field, the place in the field's list, the node)."""
+    """Yield all nodes below a node, except those without mutants: (parent, field, position in the field's list, node)."""
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list", "type_comment"):
             continue
@@ -202,12 +202,12 @@ def places(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
 
 
 def path_of(file: str) -> Path:
-    """Where a file of the package is, such as `flow.paths`."""
+    """Return the path of a file of the package, such as `flow.paths`."""
     return PACKAGE / f"{file.replace('.', '/')}.py"
 
 
 def mutants(file: str, kinds: tuple[type[ast.AST], ...] | None = None) -> Iterator[Mutant]:
-    """Every mutant of a file of the package, such as `flow.paths`; or those of some kinds of nodes."""
+    """Yield every mutant of a file of the package, such as `flow.paths`, or only those from some kinds of nodes."""
     tree = ast.parse(path_of(file).read_text(encoding="utf-8"))
     statement, seen = "", Counter[str]()
     for parent, field, i, node in places(tree):
@@ -231,12 +231,12 @@ def mutants(file: str, kinds: tuple[type[ast.AST], ...] | None = None) -> Iterat
 
 
 def ignored_settings(file: str) -> Iterator[Mutant]:
-    """Every mutant in which an argument that has a default, a field of a dataclass, or an option is ignored."""
+    """Return every mutant that ignores an argument with a default, a field of a dataclass, or an option."""
     return (mutant for mutant in mutants(file, (ast.FunctionDef, ast.ClassDef)) if " ignored in " in mutant.what)
 
 
 def replace(parent: ast.AST, field: str, i: int | None, node: ast.AST) -> None:
-    """Put a node in its place."""
+    """Replace the child of a node: the field itself, or the item at position `i` of its list."""
     if i is None:
         setattr(parent, field, node)
     else:

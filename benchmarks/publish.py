@@ -1,11 +1,11 @@
-"""Score a trained model beside real digits, and put it into the package, where `sample.py --weights NAME` finds it.
+"""Score a trained model against real digits, and put it into the package, where `sample.py --weights NAME` finds it.
 
     python benchmarks/publish.py mnist --checkpoint runs/mnist/version_0/checkpoints/last.ckpt --command 'python train.py'
     python benchmarks/publish.py mnist few-step one-step
 
-The file holds the averaged weights, how to sample them, the run's config, seed and command, and the figures with their errors:
-of ten thousand digits, and of few enough for a test to draw them again. Without a checkpoint, weights that are in the package
-are measured anew.
+The file contains the averaged weights, their sampler, the run's config, seed and command, and the scores with their standard
+errors. There are scores for ten thousand digits, and for a count that is small enough for a test to draw them again. Without a
+checkpoint, the script scores weights in the package again.
 """
 
 import argparse
@@ -25,35 +25,35 @@ from flowmatch_mnist.support.errors import UserError, exit_on_error
 from flowmatch_mnist.support.files import load_weights
 
 SAMPLES = (10_000, 500)
-"""Of so many digits the figures are taken."""
+"""Numbers of digits to score."""
 
 
 def measure(flow: Flow, sampler: Sampler, score: Judge, count: int) -> dict[str, list[float]]:
-    """Draw, measure and print: each measure's figure and its error, and those of real digits."""
+    """Draw, score and print. Return each score with its standard error, and the same for real digits."""
     labels = score.labels(count)
     with Progress(transient=True) as progress:
         task = progress.add_task(f"drawing {count:,} digits", total=count)
         samples = generate(flow, labels, sampler, seed=0, on_batch=lambda drawn: progress.advance(task, drawn))
     measurements = score(samples)
-    told = ", ".join(f"{m.title} {m.score} (real ones: {m.real})" for m in measurements)
+    told = ", ".join(f"{m.title} {m.score} (real digits: {m.real})" for m in measurements)
     print(f"{count:,} digits, {sampler.description()}: {told}", flush=True)
     return {m.name: [*m.samples, *m.real] for m in measurements}
 
 
 def main() -> None:
-    """Measure, write, and say so."""
+    """Score each model, and write its file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", choices=PRETRAINED)
     parser.add_argument("--checkpoint", type=Path, help="last.ckpt of a run (default: the weights in the package)")
-    parser.add_argument("--command", help="that trained the checkpoint")
-    parser.add_argument("--steps", type=int, help="of its sampler (default: as in its config)")
-    parser.add_argument("--guidance", type=float, help="of its sampler (default: as in its config)")
-    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("FROM", "TO"), help="the t in which it acts")
+    parser.add_argument("--command", help="the command that trained the checkpoint")
+    parser.add_argument("--steps", type=int, help="steps of its sampler (default: as in its config)")
+    parser.add_argument("--guidance", type=float, help="guidance scale of its sampler (default: as in its config)")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("FROM", "TO"), help="range of t with guidance")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--device", default=default_device())
     options = parser.parse_args()
     if options.checkpoint and (len(options.names) > 1 or not options.command):
-        raise UserError("a checkpoint needs one name, and the --command that trained it")
+        raise UserError("--checkpoint needs exactly one name, and the --command that trained it")
     score = Judge(options.data_dir, options.device)
     for name in options.names:
         checkpoint, flow, sampler = load_digits(options.checkpoint or PRETRAINED[name], options.device)

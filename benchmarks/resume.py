@@ -1,15 +1,15 @@
-"""Is a run that is killed again and again, and goes on each time, the run that was left alone?
+"""Does a run that is killed again and again, and resumed each time, equal a run that was left alone?
 
-    python benchmarks/resume.py                 20 kills in each of eight ways, some fifty minutes on two cores
+    python benchmarks/resume.py                 20 kills in each of eight ways, about fifty minutes on two cores
     python benchmarks/resume.py --kills 3 --ways SIGKILL
-    python benchmarks/resume.py --gpu           the same on a GPU, by deterministic algorithms
+    python benchmarks/resume.py --gpu           the same on a GPU, with deterministic algorithms
 
-A small network with dropout trains 300 steps: validation, pictures and checkpoints now and then, by Muon and an average of the
-weights. One run is left alone. Others are ended by a signal at random instants, wherever in start, step, validation or the
-writing of a checkpoint that may be, and go on with `--ckpt_path last`, until they come to the end. In one way it is no signal
-that ends them but `max_time`; in another the run itself ends by EarlyStopping. Then all weights, raw and
-averaged, the optimizer's state, the schedule, the counters, and every point of every curve in TensorBoard are compared, to the
-bit. Ends with status 1 if anything differs.
+A small network with dropout trains for 300 steps, with Muon and averaged weights. Now and then it validates, draws pictures
+and writes checkpoints. One run is left alone. A signal ends the others at random instants: during the start, a step, a
+validation or the writing of a checkpoint. They resume with `--ckpt_path last` until they reach the end. In one way `max_time`
+ends them instead of a signal. In another way EarlyStopping ends the run itself. Then the script compares bit for bit: all
+weights, raw and averaged, the optimizer's state, the schedule, the counters, and every point of every curve in TensorBoard. It
+ends with status 1 if anything differs.
 """
 
 import argparse
@@ -69,7 +69,7 @@ TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size
 
 @dataclass
 class Way:
-    """A way of being stopped: by which signal (None is `max_time`), to all processes or the first, with which options."""
+    """A way to stop a run: the signal (None is `max_time`), whether all processes get it or only the first, and options."""
 
     signal: signal.Signals | None
     group: bool
@@ -89,7 +89,7 @@ WAYS = {
 
 
 def train(folder: Path, options: list[str]) -> subprocess.Popen[str]:
-    """Start the run, or go on with it, in a group of processes of its own, and wait until it begins."""
+    """Start or resume the run in its own process group, and wait until training begins."""
     going_on = ["--ckpt_path", "last"] if list(folder.glob("runs/*/*/checkpoints/last.ckpt")) else []
     command = [sys.executable, str(ROOT / "train.py"), "fit", "--config", str(folder / "config.yaml"), *options, *going_on]
     process = subprocess.Popen(
@@ -107,16 +107,16 @@ def train(folder: Path, options: list[str]) -> subprocess.Popen[str]:
         printed += line
         if line.startswith("training "):
             return process
-    raise SystemExit(f"the run ended before it began, with status {process.wait()}:\n{printed}")
+    raise SystemExit(f"the run ended before training began, with status {process.wait()}:\n{printed}")
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """`last.ckpt` of the newest version."""
+    """Return the path of `last.ckpt` of the newest version."""
     return max(folder.glob("runs/killed/*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
 
 
 def state(folder: Path) -> dict[str, Any]:
-    """All that must be equal at the end: what the last checkpoint holds, and every point of every curve, by its step."""
+    """Return all that must be equal at the end: the last checkpoint's contents, and every point of every curve by its step."""
     path = last_checkpoint(folder)
     held = load_checkpoint(path)
     kept = {key: held[key] for key in ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "global_step")}
@@ -132,7 +132,7 @@ def state(folder: Path) -> dict[str, Any]:
 
 
 def differences(one: Any, other: Any, where: str = "") -> list[str]:
-    """Where two states differ, in words; tensors are compared to the bit."""
+    """Return the names of the places where two states differ. Tensors are compared bit for bit."""
     if isinstance(one, dict) and isinstance(other, dict):
         names = [*one, *(name for name in other if name not in one)]
         return [d for name in names for d in differences(one.get(name), other.get(name), f"{where} {name}")]
@@ -146,7 +146,7 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
 
 
 def alone(options: list[str], data_dir: Path) -> tuple[dict[str, Any], tuple[float, float]]:
-    """The state at the end of a run that is left alone, and the seconds to its first checkpoint, and from there to its end."""
+    """Run without a stop. Return the last state, the seconds to the first checkpoint, and the seconds from there to the end."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, data_dir)
@@ -162,31 +162,31 @@ def alone(options: list[str], data_dir: Path) -> tuple[dict[str, Any], tuple[flo
 
 
 def prepare(folder: Path, data_dir: Path) -> None:
-    """Lay out a folder to train in."""
+    """Write the config into the folder of a run."""
     (folder / "config.yaml").write_text(CONFIG.replace("DATA_DIR", str(data_dir.resolve())))
 
 
 def stop(process: subprocess.Popen[str], way: Way) -> str:
-    """Send the signal, wait for the end, and say what was wrong with it, if anything."""
+    """Send the signal, and wait for the end. Return a complaint if the end was wrong, else an empty text."""
     assert way.signal is not None
     if way.group:
         os.killpg(process.pid, way.signal)
     else:
         process.send_signal(way.signal)
     printed, _ = process.communicate(timeout=120)
-    # Ended by the signal itself, before training began or after it was over, or by the run's own doing.
+    # The signal ended the process (before training began or after its end), or the run ended itself.
     expected = {-way.signal} if way.signal == KILL else {-way.signal, 128 + way.signal, 0}
     if process.returncode not in expected:
         return f"status {process.returncode} after {way.signal.name}: {printed}"
     if process.returncode == 128 + way.signal and not re.search("stopped by|interrupted", printed):
-        return f"no word of being stopped: {printed}"
+        return f"the run did not say that it was stopped: {printed}"
     return ""
 
 
 def kill_and_resume(
     way: Way, kills: int, whole: dict[str, Any], seconds: tuple[float, float], data_dir: Path, dice: random.Random
 ) -> tuple[int, int, list[str]]:
-    """Stop runs until so many kills are done, let each come to its end, and compare: (kills, runs, what was wrong)."""
+    """Stop runs until `kills` kills are done, let each reach its end, and compare. Return (kills, runs, complaints)."""
     done, runs, wrong = 0, 0, []
     while done < kills:
         runs += 1
@@ -195,12 +195,12 @@ def kill_and_resume(
             prepare(folder, data_dir)
             trained = 0.0
             while True:
-                # Now and then before it has begun; else so that the whole run is gone through in that many kills.
+                # One kill in five hits the start. The others are spaced to cover the whole run with so many kills.
                 start, rest = seconds
                 instant = dice.uniform(0, start) if dice.random() < 0.2 else start + dice.uniform(0, 2 * rest / max(kills, 4))
                 patience = instant if done < kills else None
                 if way.signal is None and patience is not None:
-                    # The time of all parts together; one that is over already leaves nothing to do, and says so.
+                    # max_time counts all parts together. If it is over already, the run does nothing, and says so.
                     trained += max(patience, 0.05)
                     limit = f'{{"milliseconds": {round(1000 * trained)}}}'
                     printed, _ = (process := train(folder, [*way.options, "--trainer.max_time", limit])).communicate()
@@ -220,22 +220,22 @@ def kill_and_resume(
                         wrong.append(f"last.ckpt: {hurt}")
                     continue
                 if process.returncode:
-                    wrong.append(f"a run that went on ended with status {process.returncode}: {printed}")
+                    wrong.append(f"a resumed run ended with status {process.returncode}: {printed}")
                 break
             wrong += [f"differs: {what}" for what in differences(whole, state(folder))]
     return done, runs, wrong
 
 
 def main() -> None:
-    """Parse the command line, kill, compare, and say how it went."""
+    """Kill and compare in every way, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="in each way (default: 20)")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of being stopped (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of the instants (default: 0)")
-    parser.add_argument("--gpu", action="store_true", help="train on a GPU, by PyTorch's deterministic algorithms")
-    parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="where MNIST is, or is put")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills in each way (default: 20)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to stop a run (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the instants (default: 0)")
+    parser.add_argument("--gpu", action="store_true", help="train on a GPU, with PyTorch's deterministic algorithms")
+    parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="folder of MNIST, which is downloaded if missing")
     options = parser.parse_args()
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of each point that it leaves out, as it should
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports each point that it rightly leaves out
     console = Console()
     table = Table("stopped by", "kills", "runs", "equal to the bit")
     failed = False
@@ -244,7 +244,7 @@ def main() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
     for name in options.ways:
         way = replace(WAYS[name], options=[*WAYS[name].options, *device])
-        # Workers change nothing, so those runs are compared with one that has none.
+        # Workers change nothing, so runs with workers are compared with a run without.
         key = (*(WAYS[name].options if WAYS[name].options in (TWO, EARLY) else []), *device)
         if key not in references:
             references[key] = alone(list(key), options.data_dir)

@@ -1,12 +1,12 @@
-"""Others' flow matching and diffusion beside this project's: the same data, machine and time of training, the same evaluator.
+"""Compare this project with other flow matching and diffusion projects: same data, machine, training time and evaluator.
 
     pip install -e '.[rivals]' && git clone --depth 1 https://github.com/cloneofsimo/minRF
     python benchmarks/rivals.py
 
-trains `configs/quick.yaml`, takes the time, trains each rival for as long, as its own example or documentation says, draws
-with each one's own sampler, measures all as `train.py test` does, and writes `docs/rivals.json` and `docs/rivals.png`, a row of
-digits each.
-What each row stands for, and where it departs from the original, is said in the class that makes it.
+The script trains `configs/quick.yaml` and measures its time. Then it trains each rival for the same time, as the rival's own
+example or documentation says. It draws with each one's own sampler, and scores all as `train.py test` does. It writes
+`docs/rivals.json` and `docs/rivals.png`, which has a row of digits for each. The docstring of each class describes its row,
+and names all differences from the original.
 """
 
 import argparse
@@ -36,11 +36,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Rival:
-    """What is trained step by step, and then draws.
+    """A model that is trained step by step, and then draws digits.
 
     Attributes:
-        batch_size: images of a step.
-        evaluations: of the network for each digit drawn so far, at most.
+        batch_size: images in a step.
+        evaluations: the most network evaluations for one of the digits drawn so far.
     """
 
     batch_size = 128
@@ -51,29 +51,29 @@ class Rival:
         self.evaluations = 0
 
     def loss(self, x1: Tensor, y: Tensor) -> Tensor:
-        """Of images x1 (B, 1, 28, 28) in [-1, 1] and their labels y (B,)."""
+        """Return the loss of images x1 (B, 1, 28, 28) in [-1, 1] and their labels y (B,)."""
         raise NotImplementedError
 
     def step(self, x1: Tensor, y: Tensor) -> None:
-        """One step of the optimizer."""
+        """Take one optimizer step."""
         self.optimizer.zero_grad()
         self.loss(x1, y).backward()
         self.optimizer.step()
 
     def draw(self, y: Tensor) -> Tensor:
-        """Digits (B, 1, 28, 28) in [-1, 1] of the labels y (B,)."""
+        """Draw digits (B, 1, 28, 28) in [-1, 1] for the labels y (B,)."""
         raise NotImplementedError
 
 
 def torchcfm_unet() -> nn.Module:
-    """The network of torchcfm's conditional MNIST example."""
+    """Return the network of torchcfm's conditional MNIST example."""
     from torchcfm.models.unet import UNetModel
 
     return UNetModel(dim=(1, 28, 28), num_channels=32, num_res_blocks=1, num_classes=10, class_cond=True)
 
 
 class TorchCFM(Rival):
-    """torchcfm's conditional MNIST notebook: its network, matcher, Adam at its defaults, batches of 128; dopri5 at 1e-4."""
+    """torchcfm's conditional MNIST notebook: its network, matcher, Adam with defaults, batches of 128; dopri5 at 1e-4."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,8 +104,9 @@ class TorchCFM(Rival):
 
 
 class FlowMatching(Rival):
-    """flow_matching's path, loss and solver (midpoint, step 0.05), as in its example of the plane; it brings no network for
-    images, so torchcfm's stands in, with Adam at 1e-3 and batches of 128.
+    """flow_matching's path, loss and solver (midpoint, step 0.05), as in its example in the plane.
+
+    It has no network for images, so this class uses torchcfm's, with Adam at 1e-3 and batches of 128.
     """
 
     def __init__(self) -> None:
@@ -142,9 +143,10 @@ class FlowMatching(Rival):
 
 
 class Diffusers(Rival):
-    """diffusers' UNet2DModel with labels, in the sizes of its course's class-conditioned MNIST (32, 64, 64 channels), with that
-    course's schedule, Adam at 1e-3 and batches of 128; drawn by DDIM in 50 steps instead of DDPM in 1,000, which would take
-    twenty times as long.
+    """diffusers' UNet2DModel with labels, in the sizes of its course's class-conditioned MNIST (32, 64, 64 channels).
+
+    It has that course's schedule, Adam at 1e-3 and batches of 128. It draws by DDIM in 50 steps instead of DDPM in 1,000, which
+    would take twenty times as long.
     """
 
     def __init__(self) -> None:
@@ -181,9 +183,10 @@ class Diffusers(Rival):
 
 
 class RectifiedFlow(Rival):
-    """rectified-flow-pytorch's Unet(dim=64) and RectifiedFlow, trained as its Trainer does (Adam at 3e-4, batches of 16,
-    gradients clipped at 0.5, averaged weights), drawn by its `sample`. It takes no labels. Three scales in place of its four,
-    since 28 cannot be halved three times.
+    """rectified-flow-pytorch's Unet(dim=64) and RectifiedFlow, drawn by its `sample`.
+
+    They are trained as its Trainer does: Adam at 3e-4, batches of 16, gradients clipped at 0.5, averaged weights. It takes no
+    labels. The network has three scales instead of its four, because 28 cannot be halved three times.
     """
 
     batch_size = 16
@@ -199,7 +202,7 @@ class RectifiedFlow(Rival):
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=3e-4)
 
     def loss(self, x1: Tensor, y: Tensor) -> Tensor:
-        loss: Tensor = self.net((x1 + 1) / 2)  # it scales to [-1, 1] itself
+        loss: Tensor = self.net((x1 + 1) / 2)  # the model itself scales to [-1, 1]
         return loss
 
     def step(self, x1: Tensor, y: Tensor) -> None:
@@ -224,9 +227,10 @@ class RectifiedFlow(Rival):
 
 
 class MinRF(Rival):
-    """minRF's MNIST in `rf.py`: its small DiT on images padded to 32 by 32, its loss, Adam at 2e-4, batches of 256; drawn by
-    its `sample`, in 50 steps guided by 2, which are 100 evaluations. It is no package, but the folder of a clone.
-    One label in ten is dropped here, since its own code for that needs a GPU.
+    """minRF's MNIST in `rf.py`: its small DiT on images padded to 32 by 32, its loss, Adam at 2e-4, batches of 256.
+
+    It draws by its `sample`, in 50 steps with guidance scale 2, which are 100 evaluations. minRF is no package, only the folder
+    of a clone. This class drops one label in ten, because its own code for label dropout needs a GPU.
     """
 
     batch_size = 256
@@ -255,8 +259,10 @@ class MinRF(Rival):
 
 
 class SmallDiffusion(Rival):
-    """smalldiffusion's class-conditioned Fashion-MNIST example, on digits, which are not mirrored: its DiT, schedule and loss,
-    AdamW at 1e-3, batches of 1,024, averaged weights; drawn by its `samples` in 20 steps with gam = 1.6, unguided.
+    """smalldiffusion's class-conditioned Fashion-MNIST example, on digits, which are not mirrored.
+
+    It has the example's DiT, schedule and loss, AdamW at 1e-3, batches of 1,024 and averaged weights. It draws by `samples` in
+    20 steps with gam = 1.6, unguided.
     """
 
     batch_size = 1024
@@ -304,7 +310,7 @@ RIVALS: dict[str, Callable[[], Rival]] = {
 
 
 def train(rival: Rival, images: Tensor, labels: Tensor, seconds: float) -> int:
-    """Train for so long, after a step that does not count; how many images were seen."""
+    """Train for `seconds`, after one uncounted step. Return the number of images seen."""
     generator = torch.Generator().manual_seed(0)
     seen = -rival.batch_size
     start = time.perf_counter()
@@ -322,14 +328,14 @@ def train(rival: Rival, images: Tensor, labels: Tensor, seconds: float) -> int:
 
 @torch.no_grad()
 def draw(rival: Rival, labels: Tensor) -> Tensor:
-    """Digits of the labels, uint8 (N, 28, 28), a hundred at a time."""
+    """Draw digits for the labels, uint8 (N, 28, 28), a hundred at a time."""
     rival.net.eval()
     drawn = [rival.draw(y) for y in track(labels.split(100), "drawing", transient=True)]
     return PIXELS["linear"].decode(torch.cat(drawn))
 
 
 def train_ours(options: argparse.Namespace) -> tuple[float, int, Flow, Sampler]:
-    """Train by `train.py`: the seconds of it all, from start to end, the images seen, the model, and its config's sampler."""
+    """Train with `train.py`. Return the seconds from start to end, the images seen, the model, and its config's sampler."""
     quiet = [*UNWATCHED, "--name", "rivals"]
     start = time.perf_counter()
     subprocess.run([sys.executable, ROOT / "train.py", "fit", "--config", options.config, *quiet], check=True)
@@ -337,22 +343,22 @@ def train_ours(options: argparse.Namespace) -> tuple[float, int, Flow, Sampler]:
 
 
 def trained(checkpoint: Path) -> tuple[int, Flow, Sampler]:
-    """Of a run: the images seen, the model, and its config's sampler."""
+    """Return the images seen by a run, its model, and its config's sampler."""
     path, flow, sampler = load_digits(checkpoint, "cpu")
     batch_size = yaml.safe_load((path.parent.parent / "config.yaml").read_text())["data"]["init_args"]["batch_size"]
     return read_checkpoint(path)["global_step"] * batch_size, flow, sampler
 
 
 def main() -> None:
-    """Train, draw and measure one after the other."""
+    """Train, draw and score one project after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS))
     parser.add_argument("--samples", type=int, default=500, help="digits drawn with each (default: 500)")
-    parser.add_argument("--config", default="configs/quick.yaml", help="of this project's row (default: configs/quick.yaml)")
-    parser.add_argument("--checkpoint", type=Path, help="a run of that config that is over already, in place of a new one")
-    parser.add_argument("--seconds", type=float, help="how long that run took, from command to prompt")
-    parser.add_argument("--minrf", type=Path, default=Path("minRF"), help="the folder of its clone (default: minRF)")
-    parser.add_argument("--out", type=Path, default=Path("docs/rivals"), help="of the picture and the figures, without ending")
+    parser.add_argument("--config", default="configs/quick.yaml", help="config of this project (default: configs/quick.yaml)")
+    parser.add_argument("--checkpoint", type=Path, help="a finished run of that config, instead of a new one")
+    parser.add_argument("--seconds", type=float, help="seconds of that run, from command to prompt")
+    parser.add_argument("--minrf", type=Path, default=Path("minRF"), help="folder of minRF's clone (default: minRF)")
+    parser.add_argument("--out", type=Path, default=Path("docs/rivals"), help="output path, without extension")
     options = parser.parse_args()
     score = Judge()
     labels = score.labels(options.samples)
@@ -375,13 +381,13 @@ def main() -> None:
         save_png(grid(torch.cat(shown), 10), options.out.with_suffix(".png"))
 
     if (options.checkpoint is None) != (options.seconds is None):
-        raise UserError("--checkpoint and --seconds are given together, or neither")
+        raise UserError("--checkpoint and --seconds need each other: give both or neither")
     sys.path.append(str(options.minrf))
     for name in options.rivals:
         try:
             RIVALS[name]()
         except ModuleNotFoundError as error:
-            raise UserError(f"{name} is not there ({error}); see the head of benchmarks/rivals.py for how it comes") from None
+            raise UserError(f"cannot import {name} ({error}); install it as the head of benchmarks/rivals.py says") from None
     seconds, seen, flow, sampler = (
         (options.seconds, *trained(options.checkpoint)) if options.checkpoint else train_ours(options)
     )

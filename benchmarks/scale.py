@@ -1,12 +1,12 @@
-"""Throughput of training against batch size, width and processes: does the cost of an image stay flat?
+"""Measure training throughput for several batch sizes, widths and numbers of processes: does an image always cost the same?
 
     python benchmarks/scale.py
 
-A step is forward, backward, clipping and the optimizer's, compiled, channels last and in the precision that training takes by
-itself, of the network of `configs/quick.yaml` unless said otherwise. The settings take turns, and the median of their ratios to
-the first is told: machines are noisy. The operations are PyTorch's own count of those in convolutions and products of matrices,
-forward and backward; the share is of what a product of large matrices reaches in the same turns. Processes share the cores, as
-with `--trainer.devices`.
+A step is forward pass, backward pass, clipping and optimizer step. It is compiled, channels last, and has training's default
+precision. The network is that of `configs/quick.yaml`, with other widths where the table says so. Machines are noisy: so the
+settings alternate, and the script prints the median of their ratios to the first setting. PyTorch counts the operations of
+convolutions and matrix products, forward and backward. The share of the ceiling is the rate of these operations, divided by the
+rate of a product of large matrices in the same turns. Processes share the cores, as with `--trainer.devices`.
 """
 
 import argparse
@@ -37,12 +37,12 @@ BATCH: int = CONFIG["data"]["init_args"]["batch_size"]
 
 
 def dtype(device: str) -> torch.dtype:
-    """Of the products: bf16 where the hardware computes in it."""
+    """Return the data type of matrix products: bf16 where the hardware computes in it, else fp32."""
     return torch.bfloat16 if native_precision(device) == "bf16-mixed" else torch.float32
 
 
 class Step:
-    """A training step of a network of these widths on batches of this size."""
+    """A training step of a network with these widths, on batches of this size."""
 
     def __init__(self, widths: tuple[int, ...], batch: int, device: str, parallel: bool = False) -> None:
         self.batch, self.device, self.mixed = batch, device, dtype(device) == torch.bfloat16
@@ -60,7 +60,7 @@ class Step:
             self.seconds()
 
     def seconds(self) -> float:
-        """Of one step."""
+        """Take one step, and return its seconds."""
         start = time.perf_counter()
         with torch.autocast(self.device, torch.bfloat16, enabled=self.mixed):
             loss = (self.net(self.x, self.t, self.y) - self.u).square().mean()
@@ -74,7 +74,7 @@ class Step:
 
 
 def product_rate(device: str) -> float:
-    """Operations per second of a product of two matrices of 2,048 rows and columns."""
+    """Return the operations per second of a product of two matrices with 2,048 rows and columns."""
     a = torch.randn(2048, 2048, device=device, dtype=dtype(device))
     start = time.perf_counter()
     (a @ a)[0, 0].item()
@@ -82,7 +82,7 @@ def product_rate(device: str) -> float:
 
 
 def one_of(rank: int, processes: int, threads: int, turns: int, meeting: str, told: "mp.SimpleQueue[float]") -> None:
-    """A process among several; the first tells the images per second of all."""
+    """Run one process among several. The first puts the images per second of all processes together into the queue `told`."""
     torch.set_num_threads(max(1, threads // processes))
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=processes)
     step = Step(WIDTHS, BATCH // processes, "cpu", parallel=True)
@@ -95,10 +95,10 @@ def one_of(rank: int, processes: int, threads: int, turns: int, meeting: str, to
 
 
 def main() -> None:
-    """Measure in turns, and print a table."""
+    """Measure all settings in turns, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="*", default=[16, 32, 128, 256])
-    parser.add_argument("--factors", type=float, nargs="*", default=[0.5, 2.0], help="times the widths (default: 0.5 2)")
+    parser.add_argument("--factors", type=float, nargs="*", default=[0.5, 2.0], help="multiples of the widths (default: 0.5 2)")
     parser.add_argument("--processes", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--device", default=default_device())

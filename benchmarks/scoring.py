@@ -1,4 +1,4 @@
-"""What the scripts score digits with."""
+"""The scoring of digits that the other scripts share."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +18,11 @@ UNWATCHED = [
     for what in ("evaluation", "sampling")
     for when, never in (("every_n_epochs", 0), ("every_n_steps", 0), ("at_steps", "[]"))
 ]
-"""Options of `train.py fit`: no figures and no pictures on the way."""
+"""Options of `train.py fit` for no evaluations and no pictures during training."""
 
 
 class Judge:
-    """Scores digits beside MNIST's test set, which is fetched if need be."""
+    """A scorer of digits against MNIST's test set, which it downloads if necessary."""
 
     def __init__(self, data_dir: str | Path = "data", device: str = "cpu") -> None:
         data = MNISTDataModule(str(data_dir))
@@ -32,19 +32,19 @@ class Judge:
         self._score = data.problem.scorer(self._real, data.real("train"), torch.device(device))
 
     def labels(self, count: int) -> Tensor:
-        """Labels (count,) in the proportions of the test set: what digits are to be drawn for."""
+        """Return labels (count,) to draw digits for, in the proportions of the test set."""
         return labels_like(self._real[1], count)
 
     def __call__(self, samples: Samples) -> list[Measurement]:
-        """All measurements but those of single digits."""
+        """Return all measurements except those of single digits."""
         return [m for m in self._score(samples) if m.main or m.name.split("/")[0] in READERS]
 
 
 def scores(measurements: Sequence[Measurement]) -> dict[str, Any]:
-    """The scores by their titles, and under `errors` their standard errors."""
+    """Return the scores by their titles, and their standard errors under `errors`."""
     return {m.title: m.score.value for m in measurements} | {"errors": {m.title: m.score.error for m in measurements}}
 
 
 def words(figures: dict[str, Any]) -> str:
-    """Figures in a line."""
+    """Return the numbers among the figures as one line of text."""
     return ", ".join(f"{what} {figure:.4g}" for what, figure in figures.items() if isinstance(figure, int | float))

@@ -1,12 +1,12 @@
-"""What Lightning costs over a bare loop, and what torchcfm's network costs over this one: images per second in training.
+"""Compare images per second in training: Lightning, a bare PyTorch loop, and torchcfm's network.
 
     python benchmarks/speed.py
     pip install -e '.[rivals]' && python benchmarks/speed.py --torchcfm 2
 
-Every `--every` steps a real `train.py` pauses, and the same network takes as many steps, compiled or not and in the precision
-as there, in a loop of nothing but PyTorch; then torchcfm's conditional MNIST example takes a few, if asked to, in its fp32. So
-all see the same machine, whatever else it does, and it is the ratios within a round that are reported. The first steps of each
-turn do not count: they find the memory as another left it.
+Every `--every` steps a real `train.py` pauses. Then the same network takes as many steps in a bare PyTorch loop, with the same
+precision, and compiled or not as there. Then torchcfm's conditional MNIST example takes a few steps in fp32, if `--torchcfm`
+asks for them. The contenders alternate because other work may slow the machine. So the script reports ratios within a round.
+The first steps of each turn do not count, because they find the memory as another contender left it.
 """
 
 import argparse
@@ -30,19 +30,19 @@ from flowmatch_mnist.training import cli
 from flowmatch_mnist.training.module import FlowMatching
 
 ROUNDS: list[list[float]] = []
-"""Of each round the images per second: of Lightning, of the bare loop, and of torchcfm, if it was asked for."""
+"""Images per second in each round: for Lightning, for the bare loop, and for torchcfm if it takes part."""
 
 UNTIMED = 5
-"""Steps at the start of each turn that do not count; of torchcfm's, each of which takes seconds, one."""
+"""Uncounted steps at the start of each turn. torchcfm has only one, because each of its steps takes seconds."""
 
 
 class Bare:
-    """A module's training without Lightning: nothing is logged, validated, saved, shown or checked.
+    """A module's training without Lightning: it does not log, validate, save, show or check anything.
 
     Args:
-        module: the module.
-        batch_size: images of a step.
-        precision: makes the context to compute the loss in, which is Lightning's own.
+        module: the module to copy.
+        batch_size: images in a step.
+        precision: makes Lightning's own context for the computation of the loss.
     """
 
     def __init__(self, module: FlowMatching, batch_size: int, precision: Callable[[], AbstractContextManager[None]]) -> None:
@@ -56,12 +56,12 @@ class Bare:
         self.generator = torch.Generator().manual_seed(0)
 
     def draw(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (count, 1, 28, 28) in [-1, 1] and their labels (count,)."""
+        """Draw images (count, 1, 28, 28) in [-1, 1] and their labels (count,)."""
         batch = torch.randint(len(self.images), (count,))
         return PIXELS["linear"].encode(self.images[batch]), self.labels[batch]
 
     def step(self) -> None:
-        """One step."""
+        """Take one training step."""
         x1, y = self.draw(self.batch_size)
         x0, t = torch.randn_like(x1), self.objective.density.sample(len(y), self.generator)
         with self.precision():
@@ -75,7 +75,7 @@ class Bare:
 
 
 def timed(step: Callable[[], object], count: int, untimed: int) -> float:
-    """So many steps, after those that do not count; how many a second."""
+    """Take `untimed` steps, then `count` timed steps. Return the timed steps per second."""
     for _ in range(untimed):
         step()
     start = time.perf_counter()
@@ -85,10 +85,10 @@ def timed(step: Callable[[], object], count: int, untimed: int) -> float:
 
 
 class Beside(Callback):
-    """Pauses the training, and has others take steps.
+    """A callback that pauses the training and lets the other contenders take steps.
 
     Args:
-        every: steps of a round.
+        every: steps in a round.
         torchcfm: steps of torchcfm in a round.
     """
 
@@ -97,7 +97,7 @@ class Beside(Callback):
         self.since = 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the others."""
+        """Make the other contenders."""
         self.batch_size = trainer.datamodule.batch_size  # type: ignore[attr-defined]
         precision = trainer.precision_plugin.forward_context
         self.bare = Bare(pl_module, self.batch_size, precision)  # type: ignore[arg-type]
@@ -107,7 +107,7 @@ class Beside(Callback):
             self.rival = TorchCFM()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Let the others have their turn."""
+        """Let the other contenders have their turn."""
         if batch_idx % self.every == UNTIMED:
             self.since = time.perf_counter()
         if batch_idx % self.every:
@@ -118,20 +118,20 @@ class Beside(Callback):
         if self.torchcfm:
             drawn = partial(self.bare.draw, self.rival.batch_size)
             speeds.append(timed(lambda: self.rival.step(*drawn()), self.torchcfm, 1) * self.rival.batch_size)
-        if batch_idx > self.every:  # before, there was compiling
+        if batch_idx > self.every:  # the first round contains compiling
             ROUNDS.append(speeds)
             print(" ".join(f"{speed:8.1f}" for speed in speeds), flush=True)
 
 
 def main() -> None:
-    """Train with pauses, and tell the ratios."""
+    """Train with pauses, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--every", type=int, default=25, help="steps of a round (default: 25)")
-    parser.add_argument("--torchcfm", type=int, default=0, metavar="STEPS", help="of torchcfm in a round (default: 0)")
+    parser.add_argument("--every", type=int, default=25, help="steps in a round (default: 25)")
+    parser.add_argument("--torchcfm", type=int, default=0, metavar="STEPS", help="steps of torchcfm in a round (default: 0)")
     options = parser.parse_args()
     if options.every <= UNTIMED:
-        parser.error(f"--every must be more than {UNTIMED}, the steps of a turn that do not count")
+        parser.error(f"--every must be more than {UNTIMED}, the number of uncounted steps in a turn")
     steps = (options.rounds + 1) * options.every + 1
     sys.argv[1:] = ["fit", "--config", "configs/quick.yaml", "--name", "speed", "--trainer.max_steps", str(steps)]
     sys.argv += ["--trainer.callbacks+=speed.Beside", f"--trainer.callbacks.every={options.every}"]
@@ -140,7 +140,7 @@ def main() -> None:
     print("images/s: Lightning, bare" + ", torchcfm" * bool(options.torchcfm))
     cli.main()
     rounds = sys.modules["speed"].ROUNDS
-    for what, first, second in (("a bare step over one of Lightning", 1, 0), ("this network over torchcfm's", 0, 2)):
+    for what, first, second in (("bare loop / Lightning", 1, 0), ("this network / torchcfm's", 0, 2)):
         if second < len(rounds[0]):
             ratios = [each[first] / each[second] for each in rounds]
             low, _, high = quantiles(ratios, n=4)

@@ -1,9 +1,9 @@
-"""Steps against quality: every solver with every number of evaluations and every guidance, scored beside real digits.
+"""Steps against quality: score every solver with every number of evaluations and every guidance scale.
 
     python benchmarks/steps.py --checkpoint runs/quick/version_0/checkpoints/last.ckpt
 
-draws the curves to `docs/steps.png` and writes all figures to `docs/steps.json`. What is counted is evaluations of the network
-for each digit (NFE), of which guidance takes two at a time: at equal NFE every setting costs the same.
+draws the curves to `docs/steps.png` and writes all scores to `docs/steps.json`. The axis counts network evaluations for each
+digit (NFE). Guidance takes two evaluations at a time. So every setting costs the same at equal NFE.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from flowmatch_mnist.support.errors import UserError, exit_on_error
 from flowmatch_mnist.support.files import replacing, save_json
 
 EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "dpmpp_2m": 1}
-"""Of each solver, in one step."""
+"""Network evaluations of each solver in one step."""
 
 
 def samplers(solvers: list[str], evaluations: list[int], guidances: list[float]) -> list[Sampler]:
-    """The settings to measure, each with the steps that spend the evaluations; of dopri5, which chooses its own, one."""
+    """Return the settings to measure: each takes as many steps as the evaluations allow. dopri5 chooses its own steps."""
     found = []
     for solver in solvers:
         for guidance in guidances:
@@ -40,13 +40,13 @@ def samplers(solvers: list[str], evaluations: list[int], guidances: list[float])
 
 
 def measure(flow: Flow, sampler: Sampler, score: Judge, count: int, seed: int) -> dict[str, Any]:
-    """Draw and measure; the sampler, its evaluations and the figures."""
+    """Draw and score digits. Return the sampler, its evaluations and the scores."""
     samples = generate(flow, score.labels(count), sampler, seed=seed)
     return {"sampler": asdict(sampler), "evaluations": samples.evaluations, **scores(score(samples))}
 
 
 def draw(points: list[dict[str, Any]], path: Path, title: str) -> None:
-    """The ratio of Frechet distances and the label accuracy over the evaluations, a curve for each solver and guidance."""
+    """Plot Frechet distance ratio and label accuracy over the evaluations, a curve for each solver and guidance scale."""
     figure = Figure(figsize=(11, 4.5), dpi=100, layout="constrained")
     axes = figure.subplots(1, 2)
     guidances = sorted({point["sampler"]["guidance"] for point in points})
@@ -71,9 +71,9 @@ def draw(points: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def main() -> None:
-    """Sweep, print, draw and write."""
+    """Measure all settings, print and write the scores, and draw the curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, help="default: the newest run's last")
+    parser.add_argument("--checkpoint", type=Path, help="default: last.ckpt of the newest run")
     parser.add_argument("--samples", type=int, default=2000, help="digits for each setting (default: 2000)")
     parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=["euler", "heun", "dpmpp_2m", "dopri5"])
     parser.add_argument("--evaluations", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64])
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--device", default=default_device())
-    parser.add_argument("--out", type=Path, default=Path("docs/steps"), help="of the picture and the figures, without ending")
+    parser.add_argument("--out", type=Path, default=Path("docs/steps"), help="output path, without extension")
     options = parser.parse_args()
     if min(options.samples, *options.evaluations) < 1:
         raise UserError("--samples and --evaluations must be at least 1")

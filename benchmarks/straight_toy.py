@@ -1,12 +1,12 @@
-"""The toy before and after reflow: the ways of its points, how straight they are, and what few steps make of them.
+"""Compare the toy before and after reflow: its trajectories, their straightness, and the results of few steps.
 
     python train.py --config configs/toy.yaml
     python -m flowmatch_mnist.reflow --pairs 50000 --out pairs_toy
     python train.py --config configs/toy_reflow.yaml
     python benchmarks/straight_toy.py
 
-Writes `docs/straight_toy.png`, and prints the straightness of each (Liu et al. 2022, equation 9; 0 is straight) and how
-far from the curve, in the mean, points end by few steps of Euler's.
+The script writes `docs/straight_toy.png`. It prints the straightness of each model (Liu et al. 2022, equation 9; 0 is
+straight), and the mean distance of points to the curve after a few Euler steps.
 """
 
 import argparse
@@ -27,12 +27,12 @@ SHOWN = 200
 
 
 def draw(flow: Flow, steps: int) -> Samples:
-    """Points by Euler's steps, with the states on the way."""
+    """Draw points by Euler steps, and keep the states of their trajectories."""
     return generate(flow, torch.zeros(POINTS, dtype=torch.int64), Sampler(steps, "euler"), keep_states=True)
 
 
 def main() -> None:
-    """Measure, print and draw."""
+    """Measure both models, print the results, and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, help="default: the newest run called toy")
     parser.add_argument("--after", type=Path, help="default: the newest run called toy_reflow")
@@ -46,7 +46,7 @@ def main() -> None:
         flow, _ = load(path or newest_checkpoint(name=name))
         fine = draw(flow, 100)
         assert fine.states is not None
-        # In the units of the network, as the paper has it.
+        # In the units of the network, as in the paper.
         bend = straightness(flow.units.encode(fine.states)).mean().item()
         ends = []
         for steps in (1, 2, 4):

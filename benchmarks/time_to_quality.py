@@ -1,11 +1,11 @@
-"""Wall time to quality: how good the digits are, minutes after `train.py` was typed.
+"""Measure wall time to quality: the scores of the digits, minutes after the start of `train.py`.
 
     python benchmarks/time_to_quality.py --config configs/quick.yaml --seeds 0 1 2
     python benchmarks/time_to_quality.py --config configs/quick.yaml older.yaml --last-only
 
-The time runs from the start of the process to its end, with loading, compiling anew, validation and saving, without the
-evaluations and pictures that the config asks for: those are turned off. On the way the averaged weights are put aside every so
-often, and measured when the run is over. Writes `docs/time_to_quality.json` and `.png`.
+The time runs from the start of the process to its end. It includes loading, compiling from nothing, validation and saving. The
+evaluations and pictures of the config are turned off. During training, a callback saves the averaged weights at regular times.
+The script scores them after the run. It writes `docs/time_to_quality.json` and `.png`.
 """
 
 import argparse
@@ -31,14 +31,14 @@ from flowmatch_mnist.training.ema import averaged_flow
 
 ROOT = Path(__file__).resolve().parent.parent
 STARTED = "TIME_TO_QUALITY_STARTED"
-"""The environment variable that tells the run when its command was typed."""
+"""The environment variable with the time at which the run's command started."""
 
 
 class PutAside(Callback):
-    """Puts the averaged weights aside every so many minutes, each in a file named by its second.
+    """A callback that saves the averaged weights at regular times. The seconds are part of each file's name.
 
     Args:
-        every: minutes.
+        every: minutes between two files.
     """
 
     def __init__(self, every: float) -> None:
@@ -48,7 +48,7 @@ class PutAside(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Put aside what is due."""
+        """Save the weights when the next file is due."""
         seconds = time.time() - float(os.environ[STARTED])
         if trainer.is_global_zero and seconds >= self.due and trainer.log_dir:
             path = Path(trainer.log_dir) / f"after_{seconds:05.0f}_s.safetensors"
@@ -58,12 +58,12 @@ class PutAside(Callback):
 
 
 def train(options: argparse.Namespace, config: Path, seed: int) -> list[tuple[float, Path]]:
-    """Train by `train.py`; the seconds and the files of what was put aside, and of what came out."""
+    """Train with `train.py`. Return the seconds and the file of each intermediate state, and of the last checkpoint."""
     name = f"time_to_quality_{config.stem}_{seed}"
     command = [sys.executable, ROOT / "train.py", "fit", "--config", config, "--name", name, "--seed_everything", seed]
     command += ["--trainer.callbacks+=time_to_quality.PutAside", f"--trainer.callbacks.every={options.every}"]
     command += UNWATCHED
-    with tempfile.TemporaryDirectory() as cache:  # a newcomer has none: what was compiled for one seed would serve the next
+    with tempfile.TemporaryDirectory() as cache:  # so each seed compiles again, as for a new user
         start = time.time()
         environment = {STARTED: str(start), "PYTHONPATH": str(ROOT / "benchmarks"), "TORCHINDUCTOR_CACHE_DIR": cache}
         subprocess.run([*map(str, command), *options.arguments], check=True, env=os.environ | environment)
@@ -74,7 +74,7 @@ def train(options: argparse.Namespace, config: Path, seed: int) -> list[tuple[fl
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """The ratio of Frechet distances and the label accuracy over the minutes, a curve for each seed."""
+    """Plot the Frechet distance ratio and the label accuracy over the minutes, a curve for each run."""
     figure = Figure(figsize=(11, 4.5), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2)
     for run, points in runs.items():
@@ -92,22 +92,22 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def main() -> None:
-    """Train for each seed, measure what was put aside, print, write and draw."""
+    """Train each config with each seed, score the saved weights, print and write the scores, and draw the curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, nargs="+", default=[Path("configs/quick.yaml")], help="one or several")
+    parser.add_argument("--config", type=Path, nargs="+", default=[Path("configs/quick.yaml")], help="one or several configs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--every", type=float, default=2.0, metavar="MINUTES", help="between what is put aside (default: 2)")
+    parser.add_argument("--every", type=float, default=2.0, metavar="MINUTES", help="minutes between two files (default: 2)")
     parser.add_argument("--samples", type=int, default=10_000, help="digits drawn for each point (default: 10000)")
-    parser.add_argument("--last-only", action="store_true", help="measure only what came out in the end")
+    parser.add_argument("--last-only", action="store_true", help="score only the last checkpoint")
     parser.add_argument("--device", default=default_device())
-    parser.add_argument("--out", type=Path, default=Path("docs/time_to_quality"), help="of picture and figures, without ending")
-    parser.add_argument("--arguments", nargs=argparse.REMAINDER, default=[], help="more, for train.py")
+    parser.add_argument("--out", type=Path, default=Path("docs/time_to_quality"), help="output path, without extension")
+    parser.add_argument("--arguments", nargs=argparse.REMAINDER, default=[], help="more arguments for train.py")
     options = parser.parse_args()
     if options.samples < 1000 or options.every <= 0:
         raise UserError("--samples must be at least 1000, and --every more than 0")
     score = Judge(device=options.device)
     runs: dict[str, list[dict[str, Any]]] = {}
-    for seed, config in itertools.product(options.seeds, options.config):  # in turns, so that a slow hour meets all alike
+    for seed, config in itertools.product(options.seeds, options.config):  # alternating, so a slow hour affects all configs
         run = f"{config.stem}, seed {seed}"
         points = runs[run] = []
         for seconds, path in train(options, config, seed)[-options.last_only :]:
