@@ -1,1 +1,4 @@
-"""The theory: from noise and data to a loss, from a field to a trajectory. It needs PyTorch alone."""
+"""The theory of flow matching: the loss of pairs of noise and data, and the trajectories of a velocity field.
+
+It needs only PyTorch. Optimal transport also needs SciPy, and the solver `dopri5` also needs torchdiffeq.
+"""

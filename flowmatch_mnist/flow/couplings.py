@@ -1,10 +1,10 @@
-"""Which noise is paired with which digit.
+"""Couplings: they decide which noise is paired with which digit.
 
-A coupling permutes the noise of a batch; the digits and their labels stay. Straighter paths need fewer steps, but the pairing
-must leave the noise of each class standard normal: that is where sampling starts.
+A coupling permutes the noise of a batch. The digits and their labels stay in place. A good coupling makes trajectories
+straighter, so sampling needs fewer steps. But the noise of each class must stay standard normal, because sampling starts there.
 
 Sources: Pooladian et al. 2023, "Multisample Flow Matching", and Tong et al. 2023, "Improving and Generalizing Flow-Based
-Generative Models with Minibatch Optimal Transport" (the transport).
+Generative Models with Minibatch Optimal Transport" (optimal transport).
 """
 
 from collections.abc import Callable
@@ -17,17 +17,17 @@ CouplingName = Literal["independent", "ot_within_class", "ot"]
 
 
 def independent(x0: Tensor, x1: Tensor, y: Tensor) -> Tensor:
-    """Each digit with the noise that was drawn for it: x0, x1 (B, ...), y (B,) -> x0 (B, ...)."""
+    """Keep each digit with the noise that was drawn for it: x0, x1 (B, ...), y (B,) -> x0 (B, ...)."""
     return x0
 
 
 def optimal_transport(x0: Tensor, x1: Tensor, y: Tensor) -> Tensor:
-    """The permutation of x0 with the least sum of squared distances to x1, over the whole batch.
+    """Return the permutation of x0 with the least sum of squared distances to x1, over the whole batch.
 
-    For conditional sampling this is wrong: a class of the batch is handed the noise on its side of the space, whereas sampling
-    starts it from all of the noise. `ot_within_class` is right.
+    This coupling is wrong for conditional sampling. It pairs each class with the noise that is near to that class. But sampling
+    starts each class from all of the noise. `ot_within_class` is right.
     """
-    # Imported where it is used: SciPy takes a while.
+    # Imported here because the import of SciPy is slow.
     from scipy.optimize import linear_sum_assignment
 
     cost = torch.cdist(x1.flatten(1), x0.flatten(1)).square()
@@ -36,7 +36,7 @@ def optimal_transport(x0: Tensor, x1: Tensor, y: Tensor) -> Tensor:
 
 
 def ot_within_class(x0: Tensor, x1: Tensor, y: Tensor) -> Tensor:
-    """Optimal transport within each class alone, so that every class keeps noise that knows nothing of it."""
+    """Use optimal transport within each class only, so the noise of every class stays independent of the class."""
     paired = x0.clone()
     for label in y.unique():
         members = y == label
@@ -49,4 +49,4 @@ COUPLINGS: dict[CouplingName, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "ot_within_class": ot_within_class,
     "ot": optimal_transport,
 }
-"""The couplings by the names that configs use."""
+"""The couplings, by their names in configs."""

@@ -1,18 +1,19 @@
-"""The exact field of a finite set of data: what the targets of flow matching scatter around.
+"""The exact field of a finite data set: the mean around which the targets of flow matching scatter.
 
-Many pairs (x0, x1) lead through the same point x_t, and the network learns the mean of their targets. Where data are drawn from
-a finite set, and noise is Gaussian and knows nothing of them, that mean can be written down. It is a softmax over the set:
+Many pairs (x0, x1) lead through the same point x_t, and the network learns the mean of their targets. This mean has a formula
+if the data set is finite and the noise is Gaussian and independent of the data. The formula is a softmax over the data set:
 
-    E[x1 | x_t, y] = sum_i w_i x1_i    with    w = softmax_i -|x_t - alpha_t x1_i|^2 / (2 sigma_t^2)    over the i of class y
+    E[x1 | x_t, y] = sum_i w_i x1_i    with    w = softmax_i -|x_t - alpha_t x1_i|^2 / (2 sigma_t^2)    over all i of class y
     E[x0 | x_t, y] = (x_t - alpha_t E[x1 | x_t, y]) / sigma_t
 
-Velocity, data and noise are linear in the pair. So the mean of the pairs gives the mean of the targets, whatever is predicted.
+Velocity, data and noise are linear in the pair. So the mean of the pairs gives the mean of the targets, for each of the three.
 
-Early, many data weigh in, and the mean is what a network should learn. Late, one of them has all the weight: the exact field
-leads back to the training data themselves, and a network that draws others is better than that.
+At small t, many data points have weight, and a network should learn their mean. At large t, one data point has all the weight:
+the exact field leads back to the training data. There, a network that draws new digits is better than the exact field.
 
-Sources: Xu, Tong and Jaakkola 2023, "Stable Target Field for Reduced Variance Score Estimation in Diffusion Models" (as a
-target); Bertrand et al. 2025, "On the Closed-Form of Flow Matching: Generalization Does Not Arise from Target Stochasticity".
+Sources: Xu, Tong and Jaakkola 2023, "Stable Target Field for Reduced Variance Score Estimation in Diffusion Models" (the exact
+field as the target); Bertrand et al. 2025, "On the Closed-Form of Flow Matching: Generalization Does Not Arise from Target
+Stochasticity".
 """
 
 from contextlib import nullcontext
@@ -27,11 +28,11 @@ from flowmatch_mnist.support.devices import full_float32
 
 
 class ExactField:
-    """The mean of all pairs through a point.
+    """The exact field: the mean of all pairs that lead through a point.
 
     Args:
-        x1: the data, as the network sees them, float32 (N, ...).
-        y: their labels, int64 (N,), from 0.
+        x1: the data, in the units of the network, float32 (N, ...).
+        y: their labels, int64 (N,), counted from 0.
     """
 
     def __init__(self, x1: Tensor, y: Tensor) -> None:
@@ -45,33 +46,34 @@ class ExactField:
     def pairs(
         self, path: ProbabilityPath, x0: Tensor, x1: Tensor, y: Tensor, t: Tensor, until: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """The pairs, those before t = until replaced by the means of all pairs that lead through the same points.
+        """Replace each pair with t < until by the mean of all pairs that lead through the same point.
 
-        Those whose label is none of the data's stay as they are: x0, x1 (B, ...), y, t (B,) -> (B, ...) each.
+        A pair with a label that is not in the data stays unchanged: x0, x1 (B, ...), y, t (B,) -> (B, ...) each.
         """
         x_t = path.point(x0, x1, t)
         early = (t < until) & (y < len(self.counts))
         device = x1.device.type
-        # Asked first: not every kind of device knows autocast.
+        # Checked first, because some types of devices do not support autocast.
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            if device == "cpu":  # each class by itself, and only for the points that ask for it
+            if device == "cpu":  # one class at a time, and only for the early points of this class
                 means, start = x1.clone(), 0
                 for label, count in enumerate(self.counts):
                     rows = (early & (y == label)).nonzero().flatten()
                     if len(rows):
                         means[rows] = self._mean(path, x_t[rows], t[rows], slice(start, start + count))
                     start += count
-            else:  # all at once: a GPU would have to be waited for to know which points ask for which class
+            else:  # all classes at once: to select the points of one class, the host would wait for the GPU
                 means = self._mean(path, x_t, t, slice(None), self.labels == y[:, None])
         noise, _ = pair("data", path, means, x_t, t)
         chosen = match_dims(early, x1)
         return torch.where(chosen, noise, x0), torch.where(chosen, means, x1)
 
     def _mean(self, path: ProbabilityPath, x: Tensor, t: Tensor, some: slice, which: Tensor | None = None) -> Tensor:
-        """E[x1 | x_t] over some of the data, or over `which` of them (B, N), for points x (B, ...) at t (B,): (B, ...).
+        """Return E[x1 | x_t] for points x (B, ...) at t (B,), over the data in the slice `some`: (B, ...).
 
-        It is attention. The query is the point; the keys and values are the data. Of the squared distance, what does not depend
-        on the data leaves the softmax as it is.
+        With `which` (B, N), each point has its own choice of the data. The softmax is attention: the query is the point, and
+        the keys and values are the data. One term of the squared distance does not depend on the data. The softmax cancels this
+        term, so the code leaves it out.
         """
         ratio = (path.alpha(t) / path.sigma(t))[:, None]
         query, data = ratio / path.sigma(t)[:, None] * x.flatten(1), self.data[some]

@@ -1,7 +1,7 @@
-"""Classifier-free guidance: one network, with and without its label.
+"""Classifier-free guidance: one network is evaluated with and without the label.
 
-Sources: Ho and Salimans 2022, "Classifier-Free Diffusion Guidance"; for flows, Zheng et al. 2023, "Guided Flows"; the
-interval, Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality".
+Sources: Ho and Salimans 2022, "Classifier-Free Diffusion Guidance"; Zheng et al. 2023, "Guided Flows" (for flows);
+Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality" (the interval).
 """
 
 import torch
@@ -12,16 +12,16 @@ from flowmatch_mnist.networks.base import Network
 
 
 def drop_labels(y: Tensor, probability: float, no_label: int, u: Tensor) -> Tensor:
-    """Replace each label, by its own throw of the dice u in [0, 1), by `no_label`: y (B,), u (B,) -> (B,)."""
+    """Replace a label by `no_label` if its uniform random number u in [0, 1) is below `probability`: y (B,), u (B,) -> (B,)."""
     return y.masked_fill(u < probability, no_label)
 
 
 def guide(net: Network, x: Tensor, t: Tensor, y: Tensor, scale: float | Tensor, until: Tensor | None = None) -> Tensor:
-    """The guided prediction p_uncond + scale (p_cond - p_uncond): x (B, ...), t, y, until (B,) -> (B, ...).
+    """Return the guided prediction p_uncond + scale (p_cond - p_uncond): x (B, ...), t, y, until (B,) -> (B, ...).
 
-    It is the same rule for velocity, data and noise, which are linear in each other at a given x_t. Scale 1 is off, and 0
-    unconditional: either costs one evaluation of the network for each sample. Any other scale costs two, taken in one batch of
-    twice the size, and so does a scale for each sample, (B,).
+    The rule is the same for velocity, data and noise, because they are linear in each other at a given x_t. Scale 1 means no
+    guidance, and scale 0 means no label: each costs one network evaluation for each sample. Any other scale costs two, in one
+    batch of twice the size. A tensor with one scale for each sample, (B,), also costs two.
     """
     times = [time for time in (t, until) if time is not None]
     nothing = torch.full_like(y, net.no_label)
@@ -36,16 +36,16 @@ def guide(net: Network, x: Tensor, t: Tensor, y: Tensor, scale: float | Tensor, 
 
 
 class Guided:
-    """The guided prediction with the labels y (B,) bound, see `guide`.
+    """The guided prediction for fixed labels y (B,), see `guide`.
 
     Args:
         net: the network.
         y: labels (B,).
-        scale: of the guidance.
-        interval: from and to which t, of the network's path, it acts; outside the scale is 1.
+        scale: the guidance scale.
+        interval: the first and the last t, in the time of the network's path, with this scale; outside, the scale is 1.
 
     Attributes:
-        evaluations: network evaluations for each sample so far (NFE); guidance counts twice.
+        evaluations: network evaluations (NFE) for each sample so far; an evaluation with guidance counts as two.
     """
 
     def __init__(self, net: Network, y: Tensor, scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> None:
@@ -56,7 +56,7 @@ class Guided:
         self.evaluations = 0
 
     def __call__(self, x: Tensor, t: Tensor, until: Tensor | None = None) -> Tensor:
-        """The prediction at x (B, ...) and t (), or its mean from t to `until` (): (B, ...)."""
+        """Return the prediction at x (B, ...) and t (), or its mean from t to `until` (): (B, ...)."""
         start, end = self.interval
         scale = self.scale if start <= t <= end else 1.0
         self.evaluations += 1 if scale in (0.0, 1.0) else 2
@@ -66,7 +66,7 @@ class Guided:
 
     @staticmethod
     def _spread(time: Tensor, x: Tensor) -> Tensor:
-        """The time () for each sample of x: (B,). A time on the CPU is filled in as a number, which no GPU has to wait for."""
+        """Repeat the time () for each sample of x: (B,). A time on the CPU becomes a number, so the host waits for no GPU."""
         if time.device == x.device or torch.compiler.is_exporting():
             return time.to(x).expand(x.shape[0])
         return x.new_full((x.shape[0],), time.item())

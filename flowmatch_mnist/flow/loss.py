@@ -1,11 +1,12 @@
-"""The flow-matching loss: how far a network's prediction at x_t is from what the pair (x0, x1) says it should be.
+"""The flow-matching loss: the error of a network's prediction at x_t, compared with the target from the pair (x0, x1).
 
     L = E w(t) |f(x_t, t, y) - u_t|^2    with    x_t = alpha_t x1 + sigma_t x0    and    u_t = dx_t / dt
 
-Training needs no more than this: `losses = FlowLoss()(net, x0, x1, y, t)`, and a step down the gradient of their mean.
+Training needs only this: `losses = FlowLoss()(net, x0, x1, y, t)`, and a gradient step on their mean.
 
 Sources: Lipman et al. 2022, "Flow Matching for Generative Modeling", equation 9 (the loss); Ho and Salimans 2022,
-"Classifier-Free Diffusion Guidance", algorithm 1 (labels left out); `predictions`, `weighting` and `meanflow` for the rest.
+"Classifier-Free Diffusion Guidance", algorithm 1 (label dropout). The modules `predictions`, `weighting` and `meanflow`
+name the other sources.
 """
 
 from collections.abc import Callable
@@ -27,30 +28,33 @@ from flowmatch_mnist.networks.base import Network
 LossName = Literal["squared", "huber", "charbonnier"]
 
 HUBER = 0.01
-"""Below this error, `huber` (of a sample's root mean square) and `charbonnier` (of a pixel) are nearly quadratic."""
+"""The constant c of `huber` and `charbonnier`. The loss of an error below it is nearly quadratic.
+
+For `huber` the error is the root mean square of a sample, and for `charbonnier` it is the error of a pixel."""
 
 
 @dataclass
 class FlowLoss:
-    """What a network is trained for.
+    """The training objective of a network.
 
     Args:
-        path: from noise to data: linear, cosine or vp.
-        prediction: what the network puts out: velocity, data or noise.
-        times: where in (0, 1) training looks; by default `LogitNormal()`.
-        weighting: the name of a training whose weight at each signal-to-noise ratio the loss should have, see `weighting`;
-            by default the error of the prediction is taken as it is.
-        loss: squared, huber or charbonnier, see `reduce`; validation's is always squared.
-        mean_flow: how to learn mean velocities too, for sampling in one step; by default they are not learned.
-        label_dropout: probability that a sample is trained without its label, in [0, 1]; guidance needs some.
-        exact_until: until which t, in [0, 1), the target of a sample with a label is the exact one, see `exact`, in place of
-            its own, which scatters around it. 0 is nowhere. Whoever trains hands over the field as `exact_field`.
+        path: the path from noise to data: linear, cosine or vp.
+        prediction: the prediction target: velocity, data or noise.
+        times: the density of the training times in (0, 1); by default `LogitNormal()`.
+        weighting: the name of a known training, see `weighting`. The loss gets the weight of that training at each
+            signal-to-noise ratio. By default the error of the prediction gets no extra weight.
+        loss: squared, huber or charbonnier, see `reduce`; validation always uses squared.
+        mean_flow: how to learn mean velocities too, for sampling in one step; by default the network does not learn them.
+        label_dropout: the probability that a sample is trained without its label, in [0, 1]; guidance needs more than 0.
+        exact_until: the t, in [0, 1), before which a sample with a label has the exact target, see `exact`. The sample's own
+            target scatters around the exact one. 0 means that no sample has the exact target. If it is above 0, the training
+            code must set `exact_field`.
 
     Attributes:
-        exact_field: of the training data; needed if `exact_until` is above 0.
+        exact_field: the exact field of the training data; needed if `exact_until` is above 0.
 
     Raises:
-        ValueError: if a number is out of its range, or mean velocities are asked of another path or prediction.
+        ValueError: if a number is out of its range, or `mean_flow` is used without the linear path and prediction velocity.
     """
 
     path: PathName = "linear"
@@ -68,16 +72,16 @@ class FlowLoss:
         if not 0 <= self.exact_until < 1:
             raise ValueError(f"exact_until must lie in [0, 1), got {self.exact_until}")
         if self.mean_flow and (self.path, self.prediction) != ("linear", "velocity"):
-            raise ValueError("mean velocities need the linear path, and prediction velocity")
+            raise ValueError("mean velocities need the linear path and prediction velocity; set both, or leave out mean_flow")
         self.density: TimeDensity = self.times or LogitNormal()
         self.exact_field: ExactField | None = None
 
     def __call__(
         self, net: Network, x0: Tensor, x1: Tensor, y: Tensor, t: Tensor, uniform: Callable[..., Tensor] | None = None
     ) -> Tensor:
-        """The loss of each sample: noise x0 and data x1 (B, ...), labels y and times t (B,) -> (B,).
+        """Return the loss of each sample: noise x0 and data x1 (B, ...), labels y and times t (B,) -> (B,).
 
-        Its random numbers are `uniform(what, *shape)`, in [0, 1), for what is "labels" or "spans"; by default `torch.rand`.
+        `uniform(what, *shape)` draws the random numbers in [0, 1); `what` is "labels" or "spans". The default is `torch.rand`.
         """
         draw = uniform or (lambda what, *shape: torch.rand(shape, device=t.device))
         y = drop_labels(y, self.label_dropout, net.no_label, draw("labels", len(y)))
@@ -94,46 +98,47 @@ class FlowLoss:
         return losses * loss_weight(self.weighting, self.prediction, PATHS[self.path], self.density, t)
 
     def error(self, net: Callable[..., Tensor], x0: Tensor, x1: Tensor, y: Tensor, t: Tensor) -> Tensor:
-        """By how much the network's prediction is off: x0, x1 (B, ...), y and t (B,) -> (B, ...)."""
+        """Return the prediction of the network minus its target: x0, x1 (B, ...), y and t (B,) -> (B, ...)."""
         x_t, u_t = self.point_and_target(x0, x1, t)
         return net(x_t, t, y) - u_t
 
     def exact_pairs(self, x0: Tensor, x1: Tensor, y: Tensor, t: Tensor, until: float) -> tuple[Tensor, Tensor]:
-        """The pairs, those before t = until replaced by the means of all pairs through the same points, same shapes.
+        """Replace each pair with t < until by the mean of all pairs that lead through the same point; the shapes stay.
 
         Raises:
-            ValueError: if nobody handed over the field.
+            ValueError: if `exact_field` is not set.
         """
         if self.exact_field is None:
-            raise ValueError("the exact field is not known; set `exact_field` to that of the training data")
+            raise ValueError("the exact field is not known; set `exact_field` to the field of the training data")
         return self.exact_field.pairs(PATHS[self.path], x0, x1, y, t, until)
 
     def point_and_target(self, x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the network is asked, x_t, and what it should put out there: (B, ...) each."""
+        """Return the point x_t, and the target of the network at this point: (B, ...) each."""
         path = PATHS[self.path]
         return path.point(x0, x1, t), target(self.prediction, path, x0, x1, t)
 
     def check(self, net: Network) -> None:
-        """Raise ValueError for a network that cannot learn this."""
+        """Raise ValueError if the network cannot learn this objective."""
         if self.mean_flow and not net.spans:
-            raise ValueError("mean velocities need a network with spans")
+            raise ValueError("mean velocities need a network with spans; set spans of the network to true")
 
     def prepare(self, load: Callable[[str], Network]) -> None:
-        """Fetch the teacher of mean velocities, if there is one, from a function that loads a network by its name."""
+        """Load the teacher of mean velocities, if there is one. The function `load` returns a network by its name."""
         if self.mean_flow and self.mean_flow.teacher is not None:
             self.mean_flow.net = load(self.mean_flow.teacher)
 
 
 def reduce(error: Tensor, loss: LossName) -> Tensor:
-    """The loss of each sample: error (B, ...) -> (B,).
+    """Return the loss of each sample: error (B, ...) -> (B,).
 
-    - `squared` is the mean square. Its minimum is the mean: right for velocities, where the mean is asked for.
-    - `huber` is the pseudo-Huber distance, sqrt(mean square + c^2) - c. One sample that is far off does not outweigh many that
-      are nearly right: for errors that should vanish. Source: Song and Dhariwal 2023, "Improved Techniques for Training
-      Consistency Models", section 3.3.
-    - `charbonnier` is the same for each pixel, mean(sqrt(error^2 + c^2) - c). Its minimum is near the median: where ink is
-      uncertain, it takes the likelier of black and white instead of a grey. Source: Lai et al. 2017, "Deep Laplacian Pyramid
-      Networks for Fast and Accurate Super-Resolution", section 3.2.
+    - `squared` is the mean square. Its minimum is the mean of the targets. Use it for velocities, because flow matching
+      needs their mean.
+    - `huber` is the pseudo-Huber distance, sqrt(mean square + c^2) - c. One sample with a large error does not outweigh many
+      samples with small errors. Use it for errors that should vanish. Source: Song and Dhariwal 2023, "Improved Techniques for
+      Training Consistency Models", section 3.3.
+    - `charbonnier` is the same for each pixel, mean(sqrt(error^2 + c^2) - c). Its minimum is near the median of the targets. If
+      the ink of a pixel is uncertain, it chooses the more likely of black and white instead of a grey. Source: Lai et al. 2017,
+      "Deep Laplacian Pyramid Networks for Fast and Accurate Super-Resolution", section 3.2.
     """
     squares = error.square().flatten(1)
     if loss == "huber":

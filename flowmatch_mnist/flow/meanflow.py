@@ -1,22 +1,23 @@
-"""Mean velocities: what a network must know to go from noise to data in one step.
+"""Mean velocities: a network that learns them goes from noise to data in one step.
 
-The mean velocity u(x, t, s) from t to s, along the trajectory through x at t, is the integral of v over that span, divided by
-s - t: one step of this length, x + (s - t) u, lands where the trajectory does. Two ways say so without an integral.
-Cut the span after a stride h, and its mean is that of its parts:
+Take the trajectory through x at time t, and the span of time from t to s. The mean velocity u(x, t, s) is the integral of v
+along the trajectory over this span, divided by s - t. So one step of length s - t, x + (s - t) u, ends at the point of the
+trajectory at s. There are two equations for u without an integral. The first cuts the span after a stride h and adds the two
+parts:
 
     (s - t) u(x, t, s) = h v(x, t) + (s - t - h) u(x + h v, t + h, s),   up to the error of Euler's step
 
-or let the stride shrink to nothing, which gives the mean-flow identity:
+In the second, the stride goes to 0. The result is the mean-flow identity:
 
-    u(x, t, s) = v(x, t) + (s - t) du/dt,   where du/dt = du/dx v + the partial derivative of u by t
+    u(x, t, s) = v(x, t) + (s - t) du/dt,   where du/dt = du/dx v + the partial derivative of u with respect to t
 
-A network is trained to obey one of them, with the right-hand side taken as it is, without gradients. Where s = t, that is flow
-matching.
+The network learns to satisfy one of the two equations. The right-hand side is the target, and no gradients flow through it. For
+s = t, the target is v: this is flow matching.
 
 Sources: Geng et al. 2025, "Mean Flows for One-step Generative Modeling", equations 6 to 8 (the identity; their time runs from
 data to noise); Guo et al. 2025, "SplitMeanFlow: Interval Splitting Consistency in Few-Step Generative Modeling", equation 7;
 Sabour et al. 2025, "Align Your Flow", section 3.2 (the velocity of a teacher); Geng et al. 2025, "Improved Mean Flows" (without
-a teacher, du/dt along the network's own velocity, which is not as noisy as that of a pair).
+a teacher, du/dt along the network's own velocity, which is less noisy than the velocity of a pair).
 """
 
 import torch
@@ -29,20 +30,22 @@ from flowmatch_mnist.support.devices import full_float32
 
 
 class MeanFlow:
-    """How mean velocities are learned.
+    """How a network learns mean velocities.
 
     Args:
-        teacher: trained weights whose velocity is averaged: a file, or a name of weights in the package. Without a teacher the
-            data's own velocity is averaged. This is a name alone: who trains loads the network, and hands it over as `net`.
-        guidance: scale of the teacher's guidance; it becomes part of what is learned, and sampling needs none.
-        guidance_interval: from and to which t it acts.
-        instants: share of the samples with s = t, in [0, 1].
-        to_end: share of the others whose span reaches to the data, s = 1, in [0, 1]; the rest end evenly between t and there.
-        stride: after which a span is cut, in [0, 1]. 0 takes the mean-flow identity, whose derivative multiplies the network's
-            errors by the span, and which may come to nothing late in training; a stride has a bias in place of that.
+        teacher: trained weights, a file or a name of weights in the package. The network learns the means of the teacher's
+            velocity. Without a teacher, it learns the means of the data's own velocity. This argument is only a name: the
+            training code loads the teacher's network and sets `net`.
+        guidance: the guidance scale of the teacher. The network learns the guided velocity, so sampling needs no guidance.
+        guidance_interval: the first and the last t at which the guidance acts.
+        instants: the share of the samples with s = t, in [0, 1].
+        to_end: the share of the other samples with a span up to the data, s = 1, in [0, 1]. The remaining spans end at
+            uniformly distributed times between t and 1.
+        stride: the length after which a span is cut, in [0, 1]. 0 means the mean-flow identity. Its derivative multiplies the
+            network's errors by the span, and training may collapse late. A stride has a bias instead.
 
     Attributes:
-        net: the teacher's network, which predicts the velocity of the linear path; None to average the data's own velocity.
+        net: the teacher's network, which predicts the velocity of the linear path. None means the data's own velocity.
 
     Raises:
         ValueError: if a number is out of its range, or there is guidance without a teacher.
@@ -58,12 +61,12 @@ class MeanFlow:
         stride: float = 0.05,
     ) -> None:
         if not all(0 <= share <= 1 for share in (instants, to_end, stride)):
-            raise ValueError(f"instants, to_end and stride are shares in [0, 1], got {instants}, {to_end} and {stride}")
+            raise ValueError(f"instants, to_end and stride must be shares in [0, 1], got {instants}, {to_end} and {stride}")
         if guidance != 1 and teacher is None:
-            raise ValueError(f"guidance {guidance:g} needs a teacher, whose velocity it changes")
+            raise ValueError(f"guidance {guidance:g} changes the velocity of a teacher; set teacher, or set guidance to 1")
         start, end = guidance_interval
         if not 0 <= start < end <= 1:
-            raise ValueError(f"the interval of guidance must rise within [0, 1], got {start} to {end}")
+            raise ValueError(f"guidance_interval must lie in [0, 1] and rise, got {start} to {end}")
         self.teacher = teacher
         self.guidance = guidance
         self.guidance_interval = guidance_interval
@@ -73,23 +76,23 @@ class MeanFlow:
         self.net: Network | None = None
 
     def ends(self, t: Tensor, u: Tensor) -> Tensor:
-        """When the spans end: t (B,), uniform numbers u in [0, 1) (B, 2) -> (B,), in [t, 1]."""
+        """Return the ends of the spans: times t (B,), uniform random numbers u in [0, 1) (B, 2) -> (B,), in [t, 1]."""
         share = (u[:, 1] / max(1 - self.to_end, 1e-9)).clamp(max=1)
         return t + (1 - t) * torch.where(u[:, 0] < self.instants, 0, share)
 
     def error(self, net: Network, x_t: Tensor, u_t: Tensor, t: Tensor, y: Tensor, until: Tensor) -> Tensor:
-        """By how much the network misses what its spans should be: (B, ...).
+        """Return the mean velocities from the network minus their targets: (B, ...).
 
         Args:
-            net: the network, which spans.
-            x_t: points of the path, (B, ...).
-            u_t: the velocities of their pairs, whose mean at a point is the data's own velocity, (B, ...).
-            t: their times, (B,).
-            y: their labels, (B,).
-            until: when their spans end, (B,).
+            net: the network, built with spans.
+            x_t: points on the path, (B, ...).
+            u_t: the velocities of their pairs, (B, ...). Their mean at a point is the data's own velocity.
+            t: the times of the points, (B,).
+            y: the labels of the points, (B,).
+            until: the ends of their spans, (B,).
 
         Raises:
-            ValueError: if there should be a teacher, but nobody handed over its network.
+            ValueError: if `teacher` names a network, but `net` is not set.
         """
         if self.teacher is not None and self.net is None:
             raise ValueError(f"the teacher {self.teacher} was not loaded; set `net` to its network")
@@ -103,7 +106,7 @@ class MeanFlow:
             if self.stride:
                 h = (until - t).clamp(max=self.stride)
                 later = net.forward(x_t + match_dims(h, x_t) * velocity, t + h, y, until)
-                rest = match_dims(1 - h / (until - t).clamp(min=1e-9), x_t)  # share of the span that is left after the stride
+                rest = match_dims(1 - h / (until - t).clamp(min=1e-9), x_t)  # share of the span after the stride
                 aim = torch.where(match_dims(until > t, x_t), velocity + rest * (later - velocity), u_t)
             else:
                 aim = u_t + match_dims(until - t, x_t) * derivative(net, x_t, t, y, until, velocity)
@@ -111,9 +114,9 @@ class MeanFlow:
 
 
 def derivative(net: Network, x: Tensor, t: Tensor, y: Tensor, until: Tensor, velocity: Tensor) -> Tensor:
-    """du/dt along dx/dt = velocity, by forward differentiation, in 32 bits: in 16 it would be lost among rounding errors.
+    """Return du/dt along dx/dt = velocity, by forward differentiation: x, velocity (B, ...), t, y, until (B,) -> (B, ...).
 
-    x, velocity (B, ...), t, y, until (B,) -> (B, ...).
+    It is computed in 32 bits, because in 16 bits it would be lost in rounding errors.
     """
     with full_float32(), torch.autocast(x.device.type, enabled=False):
         inputs, tangents = (x, t), (velocity.to(x), torch.ones_like(t))

@@ -1,8 +1,8 @@
 """Probability paths from noise to data, x_t = alpha(t) x1 + sigma(t) x0, with noise at t=0 and data at t=1.
 
-Two paths differ in how fast they go and in how they scale x, and in nothing else: at equal signal-to-noise ratio
-(alpha / sigma)^2 a point of one is a multiple of a point of the other. So a network trained on any of them can be sampled
-along the straight one; `predictions.StraightVelocity` does it.
+Two paths differ only in their speed and in their scale of x. Compare two paths at times of equal signal-to-noise ratio (SNR),
+(alpha / sigma)^2: there, a point of one path is a multiple of a point of the other. So a network that was trained on any path
+can be sampled along the straight path, `linear`. `predictions.StraightVelocity` does this.
 
 Sources: Lipman et al. 2022, "Flow Matching for Generative Modeling", section 4 (Gaussian paths); Kingma et al. 2021,
 "Variational Diffusion Models", section 3 and appendix G (equal signal-to-noise ratio).
@@ -17,58 +17,62 @@ from torch import Tensor
 
 
 def match_dims(t: Tensor, x: Tensor) -> Tensor:
-    """Give t (B,) or () trailing axes, so that it multiplies x (B, ...)."""
+    """Add trailing axes to t (B,) or (), so it can multiply x (B, ...)."""
     return t.reshape(t.shape + (1,) * (x.dim() - t.dim())) if t.dim() else t
 
 
 class ProbabilityPath:
-    """A path: two coefficients of t in [0, 1], their derivatives, and the log of their ratio and its inverse.
+    """A path: the coefficients alpha and sigma at t in [0, 1], their derivatives, the log-SNR, and the inverse of the log-SNR.
 
-    All take t of any shape, and return that shape. All but the log-SNR are finite at both ends.
+    These functions take an input of any shape and return the same shape. Only the log-SNR and its derivative may be infinite at
+    the ends t = 0 and t = 1.
     """
 
     def alpha(self, t: Tensor) -> Tensor:
-        """The weight of the data at t."""
+        """Return the weight of the data at t."""
         raise NotImplementedError
 
     def sigma(self, t: Tensor) -> Tensor:
-        """The weight of the noise at t."""
+        """Return the weight of the noise at t."""
         raise NotImplementedError
 
     def alpha_dot(self, t: Tensor) -> Tensor:
-        """The derivative of alpha by t."""
+        """Return the derivative of alpha with respect to t."""
         raise NotImplementedError
 
     def sigma_dot(self, t: Tensor) -> Tensor:
-        """The derivative of sigma by t."""
+        """Return the derivative of sigma with respect to t."""
         raise NotImplementedError
 
     def time(self, log_snr: Tensor) -> Tensor:
-        """The t of a log-SNR, infinite ones included: the inverse of `log_snr`; 0 or 1 where the path does not go so far."""
+        """Return the t of a log-SNR, which may be infinite: the inverse of `log_snr`.
+
+        If the path does not reach this log-SNR, t is 0 or 1.
+        """
         raise NotImplementedError
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """The logarithm of the signal-to-noise ratio, lambda = log(alpha^2 / sigma^2), which grows with t."""
+        """Return the logarithm of the signal-to-noise ratio, lambda = log(alpha^2 / sigma^2); it grows with t."""
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
 
     def log_snr_dot(self, t: Tensor) -> Tensor:
-        """The derivative of the log-SNR by t, positive inside (0, 1)."""
+        """Return the derivative of the log-SNR with respect to t; it is positive inside (0, 1)."""
         return 2 * (self.alpha_dot(t) / self.alpha(t) - self.sigma_dot(t) / self.sigma(t))
 
     def point(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-        """x_t of the pair: x0, x1 (B, ...), t (B,) or () in [0, 1] -> (B, ...)."""
+        """Return x_t of the pair: x0, x1 (B, ...), t (B,) or () in [0, 1] -> (B, ...)."""
         return match_dims(self.alpha(t), x1) * x1 + match_dims(self.sigma(t), x0) * x0
 
     def velocity(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-        """u_t = d x_t / dt of the pair: same shapes as `point`."""
+        """Return u_t = d x_t / dt of the pair: same shapes as `point`."""
         return match_dims(self.alpha_dot(t), x1) * x1 + match_dims(self.sigma_dot(t), x0) * x0
 
 
 class LinearPath(ProbabilityPath):
-    """The straight line: alpha(t) = t, sigma(t) = 1 - t, so that the velocity x1 - x0 is constant along it.
+    """The straight line: alpha(t) = t, sigma(t) = 1 - t. The velocity x1 - x0 is constant along it.
 
-    This is the conditional optimal-transport path of Lipman et al. 2022, equation 20 with sigma_min = 0, and rectified
-    flow's interpolation of Liu et al. 2022, "Flow Straight and Fast", equation 1.
+    This is the conditional optimal-transport path of Lipman et al. 2022, equation 20 with sigma_min = 0. It is also the
+    interpolation of rectified flow: Liu et al. 2022, "Flow Straight and Fast", equation 1.
     """
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -88,10 +92,11 @@ class LinearPath(ProbabilityPath):
 
 
 class CosinePath(ProbabilityPath):
-    """The quarter circle: alpha(t) = sin(pi t / 2), sigma(t) = cos(pi t / 2), of constant variance for data of variance 1.
+    """The quarter circle: alpha(t) = sin(pi t / 2), sigma(t) = cos(pi t / 2).
 
-    The trigonometric path of Albergo and Vanden-Eijnden 2022, "Building Normalizing Flows with Stochastic Interpolants",
-    equation 5, and the cosine schedule of Nichol and Dhariwal 2021, "Improved DDPM", equation 17 with s = 0.
+    If the data have variance 1, x_t has variance 1 at all t. This is the trigonometric path of Albergo and Vanden-Eijnden 2022,
+    "Building Normalizing Flows with Stochastic Interpolants", equation 5. It is also the cosine schedule of Nichol and Dhariwal
+    2021, "Improved DDPM", equation 17 with s = 0.
     """
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -111,11 +116,12 @@ class CosinePath(ProbabilityPath):
 
 
 class VariancePreservingPath(ProbabilityPath):
-    """DDPM's diffusion with linear betas, in continuous time: alpha^2 + sigma^2 = 1.
+    """The diffusion of DDPM with linear betas, in continuous time: alpha^2 + sigma^2 = 1.
 
     With diffusion time s, log alpha = -s^2 (beta_max - beta_min) / 4 - s beta_min / 2: Song et al. 2021, "Score-Based
-    Generative Modeling through Stochastic Differential Equations", equation 33. There s runs from data to noise, and sigma's
-    slope is infinite at s = 0. So t runs backwards through s from 1 to 1/1000, which is the least noise DDPM trains with.
+    Generative Modeling through Stochastic Differential Equations", equation 33. There, s runs from data to noise, and the slope
+    of sigma is infinite at s = 0. So here s runs from 1 down to 1/1000 while t runs from 0 to 1. The noise at s = 1/1000 is
+    the least noise that DDPM trains with.
     """
 
     beta_min, beta_max, s_min = 0.1, 20.0, 1e-3
@@ -141,8 +147,8 @@ class VariancePreservingPath(ProbabilityPath):
         return -self.alpha(t) * self.alpha_dot(t) / self.sigma(t)
 
     def time(self, log_snr: Tensor) -> Tensor:
-        # alpha^2 = sigmoid(log_snr): a quadratic equation for s, solved in the form that does not cancel.
-        # Clamped, since at an infinite noise the form would be infinity over infinity.
+        # alpha^2 = sigmoid(log_snr) is a quadratic equation for s. This form of its solution avoids cancellation.
+        # The log-SNR is clamped, because for infinite noise the form would be infinity over infinity.
         squares = F.softplus(-log_snr.clamp(min=-50))  # -log alpha^2
         s = 2 * squares / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * squares))
         return ((1 - s) / (1 - self.s_min)).clamp(0, 1)
@@ -151,4 +157,4 @@ class VariancePreservingPath(ProbabilityPath):
 PathName = Literal["linear", "cosine", "vp"]
 
 PATHS: dict[PathName, ProbabilityPath] = {"linear": LinearPath(), "cosine": CosinePath(), "vp": VariancePreservingPath()}
-"""The paths by the names that configs and checkpoints use."""
+"""The paths, by their names in configs and checkpoints."""

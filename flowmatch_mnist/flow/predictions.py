@@ -1,7 +1,7 @@
-"""What the network puts out, and what follows from it: velocity, data, noise and score are one thing under four names.
+"""Prediction targets and conversions: each of velocity, data, noise and score gives the other three.
 
-All conversions go through the pair (x0, x1): a prediction at x_t fixes the noise x0 and the data x1 with x_t = alpha x1 +
-sigma x0, and everything else is made of those two.
+All conversions use the pair (x0, x1). A prediction at x_t determines the noise x0 and the data x1, because x_t = alpha x1 +
+sigma x0. The pair then determines all other quantities.
 
 Sources: Salimans and Ho 2022, "Progressive Distillation", appendix D (predictions); Gao et al. 2024, "Diffusion Meets Flow
 Matching" (one family); Song et al. 2021, "Score-Based Generative Modeling through SDEs" (the score).
@@ -21,24 +21,25 @@ PREDICTIONS: tuple[Prediction, ...] = ("velocity", "data", "noise")
 STRAIGHT = PATHS["linear"]
 
 LOG_SNR_LIMIT = 10.0
-"""Beyond it a prediction of data (when noise is all but gone) or of noise (when data is) says nothing of the other of the
-pair; DDPM's own path runs from -10.05 to 9.1."""
+"""The limit for the absolute value of the log-SNR. Above +10, x_t has almost no noise, and a prediction of the data does not
+determine the noise. Below -10, x_t has almost no data, and a prediction of the noise does not determine the data. The path of
+DDPM itself runs from -10.05 to 9.1."""
 
 
 def target(prediction: Prediction, path: ProbabilityPath, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-    """What the network should put out at x_t of the pair: x0, x1 (B, ...), t (B,) -> (B, ...)."""
+    """Return the target of the network at x_t of the pair: x0, x1 (B, ...), t (B,) -> (B, ...)."""
     return {"velocity": path.velocity(x0, x1, t), "data": x1, "noise": x0}[prediction]
 
 
 def pair(prediction: Prediction, path: ProbabilityPath, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """The (x0, x1) that the network's output at x_t stands for.
+    """Return the pair (x0, x1) that the network's output at x_t determines.
 
     Args:
-        prediction: what the output is.
-        path: on which x_t lies.
-        output: (B, ...).
-        x_t: (B, ...).
-        t: (B,) or (). A prediction of data needs sigma > 0, one of noise alpha > 0.
+        prediction: the prediction target of the network.
+        path: the path of x_t.
+        output: the network's output, (B, ...).
+        x_t: the point, (B, ...).
+        t: its time, (B,) or (). A prediction of data needs sigma > 0. A prediction of noise needs alpha > 0.
 
     Returns:
         The noise x0 and the data x1, (B, ...) each.
@@ -48,31 +49,35 @@ def pair(prediction: Prediction, path: ProbabilityPath, output: Tensor, x_t: Ten
         return (x_t - alpha * output) / sigma, output
     if prediction == "noise":
         return output, (x_t - sigma * output) / alpha
-    # x_t and the velocity are two linear equations for x0 and x1.
+    # x_t and the velocity give two linear equations for x0 and x1.
     alpha_dot, sigma_dot = match_dims(path.alpha_dot(t), x_t), match_dims(path.sigma_dot(t), x_t)
     determinant = alpha_dot * sigma - alpha * sigma_dot
     return (alpha_dot * x_t - alpha * output) / determinant, (sigma * output - sigma_dot * x_t) / determinant
 
 
 def score(path: ProbabilityPath, x0: Tensor, t: Tensor) -> Tensor:
-    """The gradient of log p_t at x_t, -E[x0 | x_t] / sigma (Tweedie's formula): x0 (B, ...), t (B,) or () -> (B, ...)."""
+    """Return the score, the gradient of log p_t at x_t: predicted noise x0 (B, ...), t (B,) or () -> (B, ...).
+
+    It is -E[x0 | x_t] / sigma (Tweedie's formula).
+    """
     return -x0 / match_dims(path.sigma(t), x0)
 
 
 class StraightVelocity:
-    """A network's velocity in straight coordinates, whatever path it was trained on and whatever it puts out.
+    """A network's velocity on the straight path, `linear`, for any path and any prediction target of the network.
 
-    A point x at time t of the straight path is, but for its scale, the point of the same signal-to-noise ratio on the
-    network's path. There the network is asked; the pair that it stands for has the velocity x1 - x0.
+    Take a point x at time t of the straight path. The network's path has a point with the same signal-to-noise ratio, and the
+    two points differ only in scale. The network is evaluated at the point of its own path. Its output determines a pair
+    (x0, x1), and the velocity is x1 - x0.
 
-    Along these coordinates Euler's step, x + h (x1 - x0), goes from the point of (x0, x1) at t to that at t + h: it is the step
-    of DDIM (Song, Meng and Ermon 2020, equation 12), for every path.
+    Euler's step on the straight path, x + h (x1 - x0), goes from the point of (x0, x1) at t to the point of the same pair at
+    t + h. This is the step of DDIM (Song, Meng and Ermon 2020, equation 12), for every path of the network.
 
     Args:
-        predict: (x (B, ...) on the network's path, t () on it) -> the network's output (B, ...); of a network of mean
-            velocities, which is of the straight path, also (x, t, until).
+        predict: (x (B, ...) and t () on the network's path) -> the network's output (B, ...). A network of mean velocities,
+            which always has the straight path, also takes (x, t, until).
         path: the network's path.
-        prediction: what it puts out.
+        prediction: the network's prediction target.
     """
 
     def __init__(self, predict: Callable[..., Tensor], path: ProbabilityPath, prediction: Prediction) -> None:
@@ -81,7 +86,7 @@ class StraightVelocity:
         self.prediction = prediction
 
     def __call__(self, x: Tensor, t: Tensor, until: Tensor | None = None) -> Tensor:
-        """The velocity at x (B, ...) and t () of the straight path, or its mean from t to `until` (): (B, ...)."""
+        """Return the velocity at x (B, ...) and t () of the straight path, or its mean from t to `until` (): (B, ...)."""
         if until is not None:
             return self.predict(x, t, until)
         if self.path is STRAIGHT and self.prediction == "velocity":

@@ -1,10 +1,11 @@
-"""From noise to data, and back: solvers of dx/dt = v(x, t) along the straight path.
+"""Solvers of dx/dt = v(x, t) along the straight path, `linear`: from noise to data, and back.
 
-A solver knows only a function of (x, t). Path, prediction, label, guidance and precision were bound before it.
+A solver sees only a function of (x, t). This function already includes the path, the prediction target, the label, the guidance
+and the precision.
 
 Sources: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I", sections II.1 and II.4-5 (one-step methods);
 Lu et al. 2022, "DPM-Solver++", algorithm 2 (two-step method on the data prediction); Ho et al. 2020, "DDPM", algorithm 2, and
-Gao et al. 2024, "Diffusion Meets Flow Matching" (noise on the way).
+Gao et al. 2024, "Diffusion Meets Flow Matching" (noise during sampling).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,35 +20,35 @@ from flowmatch_mnist.support.choices import SOLVERS, SPACINGS, Spacing
 from flowmatch_mnist.support.devices import widest_float
 
 Velocity = Callable[..., Tensor]
-"""v(x, t): x (B, ...), t a scalar tensor in [0, 1] -> (B, ...); for `average` also v(x, t, until), the mean from t to there."""
+"""v(x, t): x (B, ...), t a scalar tensor in [0, 1] -> (B, ...); for `average` also v(x, t, until), the mean from t to until."""
 
 Step = Callable[[Velocity, Tensor, Tensor, Tensor], Tensor]
 """One step of a solver: (v, x at t, t, t_next) -> x at t_next."""
 
 FreshNoise = Callable[[], Tensor]
-"""Standard normal noise of the shape of the state, new at each call."""
+"""A function that returns new standard normal noise at each call, in the shape of the state."""
 
 
 def euler(v: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    """Follow the velocity at the start of the step. Order 1, one evaluation. On the straight path it is DDIM's step."""
+    """Follow the velocity at the start of the step. Order 1, one evaluation. On the straight path this is DDIM's step."""
     return x + (t_next - t) * v(x, t)
 
 
 def midpoint(v: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    """Follow the velocity at the middle, reached by half an Euler step. Order 2, two evaluations."""
+    """Follow the velocity at the middle of the step, which half an Euler step reaches. Order 2, two evaluations."""
     t_middle = (t + t_next) / 2
     return x + (t_next - t) * v(euler(v, x, t, t_middle), t_middle)
 
 
 def heun(v: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    """Follow the mean of the velocities at the start and at the Euler step's end. Order 2, two evaluations."""
+    """Follow the mean of the velocities at the start and at the end of an Euler step. Order 2, two evaluations."""
     v_start = v(x, t)
     v_end = v(x + (t_next - t) * v_start, t_next)
     return x + (t_next - t) * (v_start + v_end) / 2
 
 
 def rk4(v: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    """The classical Runge-Kutta step. Order 4, four evaluations."""
+    """Take the classical Runge-Kutta step. Order 4, four evaluations."""
     h, t_middle = t_next - t, (t + t_next) / 2
     k1 = v(x, t)
     k2 = v(x + h / 2 * k1, t_middle)
@@ -57,7 +58,9 @@ def rk4(v: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
 
 
 def average(v: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    """Follow the mean velocity of the whole step, which a network may have learned. Exact with the true one, in one step.
+    """Follow the mean velocity of the whole step, if the network has learned it. One evaluation.
+
+    With the true mean velocity, one step is exact.
 
     Source: Geng et al. 2025, "Mean Flows for One-step Generative Modeling", equation 12.
     """
@@ -65,15 +68,15 @@ def average(v: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
 
 
 ONE_STEP: dict[str, Step] = {"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4}
-"""The solvers that remember nothing from one step to the next, so that noise may be added between their steps."""
+"""The solvers without memory of earlier steps. Noise may be added between their steps."""
 
 
 def dpmpp_2m(v: Velocity, x: Tensor, times: Sequence[Tensor]) -> Iterator[Tensor]:
-    """DPM-Solver++(2M): the data prediction, extrapolated along the log-SNR from the step before. Order 2, one evaluation.
+    """Yield the states of DPM-Solver++(2M), which extrapolates the data prediction. Order 2, one evaluation.
 
-    A constant prediction x1 would give x_next = r x + (alpha_next - alpha r) x1 exactly, with r = sigma_next / sigma. At the
-    ends the log-SNR is infinite: the first steps from noise have nothing to extrapolate, and the last takes the prediction as
-    it is.
+    It extrapolates along the log-SNR, from the predictions of this step and the step before. A constant prediction x1 would
+    give x_next = r x + (alpha_next - alpha r) x1 exactly, with r = sigma_next / sigma. At the ends, the log-SNR is infinite. So
+    the first two steps from noise and the last step to the data use the prediction without extrapolation.
     """
     before: Tensor | None = None
     h_before = torch.tensor(torch.inf)
@@ -90,12 +93,12 @@ def dpmpp_2m(v: Velocity, x: Tensor, times: Sequence[Tensor]) -> Iterator[Tensor
 
 
 def churned(step: Step, churn: float, fresh_noise: FreshNoise) -> Step:
-    """A step of the reverse SDE: an ODE step that goes too far towards the data, and fresh noise that brings it back.
+    """Return a step of the reverse SDE: an ODE step goes too far towards the data, and new noise brings the state back.
 
-    From log-SNR l the solver goes to l_next + churn (l_next - l), and noise brings the state back to l_next. For small steps
-    this is dx = (v + churn sigma^2 l'/2 score) dt + sqrt(churn sigma^2 l') dW, which has the marginals of the ODE at every
-    strength. Churn 0 is the ODE. Churn 1 with Euler's step is DDPM's ancestral sampling, step by step: its step to l + d equals
-    DDIM's to l + 2d with noise added back to l + d.
+    The solver goes from log-SNR l to l_next + churn (l_next - l), and noise brings the state back to l_next. For small steps
+    this is dx = (v + churn sigma^2 l'/2 score) dt + sqrt(churn sigma^2 l') dW. It has the marginals of the ODE for every churn.
+    Churn 0 is the ODE. Churn 1 with Euler's step is DDPM's ancestral sampling, step by step: a step of DDPM to l + d equals a
+    step of DDIM to l + 2d, followed by noise back to l + d.
     """
     if churn == 0:
         return step
@@ -112,12 +115,13 @@ def churned(step: Step, churn: float, fresh_noise: FreshNoise) -> Step:
 
 
 def time_grid(steps: int, spacing: Spacing = "uniform", path: ProbabilityPath = STRAIGHT) -> Tensor:
-    """The times on the straight path that a solver stops at, float64 (steps + 1,), from exactly 0 to exactly 1.
+    """Return the times of a solver's steps on the straight path, float64 (steps + 1,), from exactly 0 to exactly 1.
 
     Args:
-        steps: at least 1.
-        spacing: `uniform` has equal steps of the time of `path`; `log_snr` has equal steps of the log-SNR between its limits.
-        path: that the network was trained on.
+        steps: the number of steps, at least 1.
+        spacing: `uniform` means equal steps in the time of `path`. `log_snr` means equal steps in the log-SNR between its
+            limits, see `LOG_SNR_LIMIT`.
+        path: the path that the network was trained on.
     """
     if spacing == "uniform":
         log_snr = path.log_snr(torch.linspace(0, 1, steps + 1, dtype=torch.float64))
@@ -129,18 +133,18 @@ def time_grid(steps: int, spacing: Spacing = "uniform", path: ProbabilityPath = 
 
 
 def check_solver(solver: str, steps: int, spacing: str = "uniform", churn: float = 0.0) -> None:
-    """Raise ValueError for what does not exist, or cannot work together."""
+    """Raise ValueError for an unknown name, a number out of its range, or settings that do not work together."""
     if solver not in SOLVERS:
         raise ValueError(f"there is no solver {solver!r}; choose one of {', '.join(SOLVERS)}")
     if spacing not in SPACINGS:
-        raise ValueError(f"there is no spacing {spacing!r} of the steps; choose one of {', '.join(SPACINGS)}")
+        raise ValueError(f"there is no spacing {spacing!r}; choose one of {', '.join(SPACINGS)}")
     if steps < 1:
-        raise ValueError(f"the steps of a solver must be at least 1, got {steps}")
+        raise ValueError(f"steps must be at least 1, got {steps}")
     if not 0 <= churn < torch.inf:
-        raise ValueError(f"churn must be a number of at least 0, got {churn}")
+        raise ValueError(f"churn must be finite and at least 0, got {churn}")
     if churn and solver not in ONE_STEP:
         raise ValueError(
-            f"{solver} follows one smooth trajectory, which the noise of churn {churn:g} breaks; "
+            f"{solver} follows one smooth trajectory, but churn {churn:g} adds noise to it; "
             f"choose one of {', '.join(ONE_STEP)}, or churn 0"
         )
 
@@ -155,40 +159,42 @@ def trajectory(
     fresh_noise: FreshNoise | None = None,
     tolerance: float = 1e-5,
 ) -> Iterator[Tensor]:
-    """The states at each of the times: as many tensors, the first the given x.
+    """Yield one state for each of the times; the first state is the given x.
 
     Args:
         v: the velocity field on the straight path.
-        x: the state at the first of the times, of any shape.
-        times: (steps + 1,), as from `time_grid`; falling ones integrate from data to noise, without churn. `dopri5` chooses
-            steps of its own, and reports at these.
+        x: the state at the first time, of any shape.
+        times: (steps + 1,), for example from `time_grid`. Falling times integrate from data to noise, without churn. `dopri5`
+            chooses its own steps and reports the states at these times.
         solver: one of `SOLVERS`.
-        churn: how much noise is renewed on the way: 0 is the ODE, 1 DDPM's ancestral sampling; with a one-step solver only.
-        fresh_noise: where churn's noise comes from; by default PyTorch's global generator.
+        churn: how much of the noise is renewed during sampling. 0 is the ODE, and 1 is DDPM's ancestral sampling. Only the
+            solvers in `ONE_STEP` support it.
+        fresh_noise: the source of the noise for churn; by default PyTorch's global generator.
         tolerance: relative and absolute tolerance of `dopri5` (Dormand and Prince 1980, as in torchdiffeq).
 
     Raises:
-        ValueError: for an unknown solver, fewer than one step, or a solver that cannot be churned.
-        FloatingPointError: if a state is not finite; it says in which step, and at which t.
+        ValueError: for an unknown solver, fewer than one step, or churn with a solver that does not support it.
+        FloatingPointError: if a state is not finite; the message gives the step and t. Also if `dopri5` finds no step that is
+            short enough.
     """
     check_solver(solver, len(times) - 1, churn=churn)
-    # On the CPU, where asking for their values makes no GPU wait; each by itself, so that they are constants of an export.
+    # The times are on the CPU, so reading them waits for no GPU. Each is its own tensor, so it is a constant in an export.
     values = times.tolist() if isinstance(times, Tensor) else times
     moments = [torch.tensor(t, dtype=x.dtype) for t in values]
     if solver == "dopri5":
-        # Imported where it is used: it brings SciPy along, and sampling should start fast.
+        # Imported here because it imports SciPy, and sampling should start fast.
         from torchdiffeq import odeint
 
-        # Stopped at the last time: torchdiffeq would step over it, where no velocity is known, and interpolate.
+        # `step_t` stops dopri5 at the last time. Otherwise it would step past it, where v is not defined, and interpolate.
         reported = torch.stack(moments).to(x.device)
         options = {"step_t": reported[-1:], "dtype": widest_float(x.device)}
         settings = {"rtol": tolerance, "atol": tolerance, "options": options}
         try:
             states: Iterator[Tensor] = iter(odeint(lambda t, x: v(x, t), x, reported, method="dopri5", **settings))
-        except AssertionError as error:  # its way to say that no step is short enough, as where the velocity is not finite
+        except AssertionError as error:  # it means: no step is short enough, for example if v is not finite
             raise FloatingPointError(
-                f"dopri5 finds no step that is short enough ({error}): the network's training diverged, or its velocity has a "
-                "jump; try another solver"
+                f"dopri5 finds no step that is short enough ({error}): the network's training diverged, or its velocity "
+                "has a jump; use another solver or checkpoint"
             ) from error
         next(states)
     elif solver == "dpmpp_2m":
@@ -203,18 +209,18 @@ def trajectory(
     for number, state in enumerate(states, start=1):
         if not torch.compiler.is_exporting():
             finite.append(state.isfinite().all())
-            if number == len(values) - 1:  # once for a solve, since a GPU is waited for here
+            if number == len(values) - 1:  # only once in a solve, because the host waits for a GPU here
                 _require_finite(torch.stack(finite).tolist(), values[1:])
         yield state
 
 
 def _require_finite(finite: list[bool], times: Sequence[float]) -> None:
-    """Raise FloatingPointError for the first of the steps, which ended at the times, whose state was not finite."""
+    """Raise FloatingPointError for the first step with a state that is not finite; the steps ended at `times`."""
     for number, (good, t) in enumerate(zip(finite, times, strict=True), start=1):
         if not good:
             raise FloatingPointError(
-                f"values that are not finite appeared at t = {t:.4g}, in step {number} of {len(times)}: the network's training "
-                "diverged, or the steps are too large for it"
+                f"the state is not finite at t = {t:.4g}, in step {number} of {len(times)}: the network's training diverged, "
+                "or the steps are too large; use another checkpoint or more steps"
             )
 
 

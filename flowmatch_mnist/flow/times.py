@@ -1,6 +1,6 @@
-"""Where in time training looks: densities of t on (0, 1), and the fixed times of validation.
+"""Densities of the training times t on (0, 1), and the fixed times of validation.
 
-A density is given by its quantile function, so that one stratified draw of uniform numbers serves them all.
+Each density is given by its quantile function. So one stratified draw of uniform random numbers works for all of them.
 """
 
 import math
@@ -15,24 +15,24 @@ class TimeDensity:
     """A density of t on (0, 1).
 
     Attributes:
-        support: from where to where validation looks, evenly.
+        support: the first and the last t of validation, which covers this interval evenly.
     """
 
     support = (0.0, 1.0)
 
     def quantile(self, u: Tensor) -> Tensor:
-        """The t below which the fraction u of the density lies: u in (0, 1) -> t in (0, 1), same shape."""
+        """Return the t below which the fraction u of the density lies: u in (0, 1) -> t in (0, 1), same shape."""
         raise NotImplementedError
 
     def density(self, t: Tensor) -> Tensor:
-        """The density at t in (0, 1), same shape: one over the slope of the quantile function, where that reaches t."""
+        """Return the density at t in (0, 1), same shape: one over the slope of the quantile function where its value is t."""
         u = self._cumulative(t.detach()).requires_grad_()
         with torch.enable_grad():
             (slope,) = torch.autograd.grad(self.quantile(u).sum(), u)
         return (1 / slope).to(t.dtype)
 
     def _cumulative(self, t: Tensor) -> Tensor:
-        """The inverse of the quantile function, by bisection in the widest float there is."""
+        """Return the inverse of the quantile function at t, by bisection in the widest float type of the device."""
         low, high = torch.zeros_like(t, dtype=widest_float(t.device)), torch.ones_like(t, dtype=widest_float(t.device))
         for _ in range(52):
             middle = (low + high) / 2
@@ -41,18 +41,19 @@ class TimeDensity:
         return (low + high) / 2
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw `count` times, float32 (count,) on the generator's device; Apple's GPUs lack the quantile of `LogitNormal`.
+        """Draw `count` times, float32 (count,) on the generator's device.
 
-        The draws of one batch are stratified: each is distributed as the density, and together they cover it evenly, which
-        lowers the variance of the loss (Kingma et al. 2021, "Variational Diffusion Models", appendix I.1).
+        The draws of one batch are stratified: each draw follows the density, and together they cover it evenly. This lowers the
+        variance of the loss (Kingma et al. 2021, "Variational Diffusion Models", appendix I.1). Apple's GPUs cannot compute the
+        quantile function of `LogitNormal`.
         """
         offset = torch.rand((), generator=generator, device=generator.device)
         u = (torch.arange(count, device=generator.device) / count + offset) % 1
-        return self.quantile(u).clamp(1e-6, 1 - 1e-6)  # fp32 may round to an end
+        return self.quantile(u).clamp(1e-6, 1 - 1e-6)  # float32 may round to 0 or 1
 
 
 class Uniform(TimeDensity):
-    """All times alike."""
+    """The uniform density: all times are equally likely."""
 
     def quantile(self, u: Tensor) -> Tensor:
         return u
@@ -62,9 +63,10 @@ class Uniform(TimeDensity):
 
 
 class Start(TimeDensity):
-    """No time but t = 0, where all is noise: to learn the whole way in one step of Euler's, from pairs that belong together.
+    """Only the time t = 0, where x_t is noise: for training one Euler step from noise to data.
 
-    It has no density, so that the loss cannot be weighted.
+    Each pair must be the two ends of one trajectory, see `data/reflow.py`. This class has no density, so the loss cannot be
+    weighted.
     """
 
     support = (0.0, 0.0)
@@ -73,13 +75,13 @@ class Start(TimeDensity):
         return torch.zeros_like(u)
 
     def density(self, t: Tensor) -> Tensor:
-        raise ValueError("there is no density of the single time 0; leave out the weighting")
+        raise ValueError("the single time 0 has no density, so the loss cannot be weighted; leave out the weighting")
 
 
 class LogitNormal(TimeDensity):
-    """logit(t) ~ Normal(location, scale^2): most weight at middle times, where the velocity is hardest to predict.
+    """logit(t) ~ Normal(location, scale^2): most times are in the middle, where the velocity is hardest to predict.
 
-    Source: Esser et al. 2024 (Stable Diffusion 3), section 3.1. A higher location looks nearer to the data.
+    Source: Esser et al. 2024 (Stable Diffusion 3), section 3.1. A higher location moves the times towards the data.
     """
 
     def __init__(self, location: float = 0.0, scale: float = 1.0) -> None:
@@ -97,9 +99,9 @@ class LogitNormal(TimeDensity):
 
 
 class Mode(TimeDensity):
-    """Heavier in the middle with scale > 0, at the ends with scale < 0, and positive everywhere; scale 0 is uniform.
+    """More times in the middle if scale > 0, more at the ends if scale < 0. The density is positive; scale 0 is uniform.
 
-    Source: Esser et al. 2024 (Stable Diffusion 3), section 3.1, equation 20, with their time running the other way.
+    Source: Esser et al. 2024 (Stable Diffusion 3), section 3.1, equation 20. Their time runs in the other direction.
     """
 
     def __init__(self, scale: float = 1.29) -> None:
@@ -112,7 +114,7 @@ class Mode(TimeDensity):
 
 
 class Cosine(TimeDensity):
-    """The times at which the linear path has the signal-to-noise ratios that the cosine path has at uniform times.
+    """The times that give the linear path the signal-to-noise ratios of the cosine path at uniform times.
 
     Source: Esser et al. 2024 (Stable Diffusion 3), section 3.1, equation 21 ("CosMap").
     """
@@ -126,11 +128,11 @@ class Cosine(TimeDensity):
 
 
 def fixed_times(batch_index: int, positions: Tensor) -> Tensor:
-    """The times of validation, the same in every epoch and run: positions (B,) in the global batch -> t (B,) in [0, 1).
+    """Return the times of validation, the same in every epoch and run: positions (B,) in the global batch -> t (B,) in [0, 1).
 
-    Multiples of the golden ratio modulo 1 cover [0, 1) evenly however many are taken (Weyl's sequence); another irrational
-    shifts them from batch to batch. Depending on the position in the global batch alone, they do not change with the number
-    of processes.
+    Multiples of the golden ratio modulo 1 cover [0, 1) evenly for any number of times (Weyl's sequence). Multiples of another
+    irrational number shift the times from batch to batch. Within a batch, the times depend only on the position in the global
+    batch, so they do not change with the number of processes.
     """
     golden, root_two = 0.6180339887498949, 1.4142135623730951
     return ((positions.to(widest_float(positions.device)) * golden + batch_index * root_two) % 1).float()

@@ -1,11 +1,11 @@
-"""What a training cares for: the weight of its loss at each signal-to-noise ratio.
+"""Weightings: the effective weight of a training's loss at each signal-to-noise ratio.
 
-With l = log(alpha^2 / sigma^2), every loss of this family is, whatever the path, the prediction and the density of t,
+Let l = log(alpha^2 / sigma^2). For every path, prediction target and density of t, the squared loss is
 
-    integral of w(l) E |x0_predicted - x0|^2 dl,
+    integral of w(l) E |x0_predicted - x0|^2 dl.
 
-and two trainings with the same w have the same optimum and differ in the noise of their gradients alone. So a training is told
-apart by its w(l), drawn by `benchmarks/weightings.py`.
+Two trainings with the same w have the same optimum. They differ only in the noise of their gradients. So w(l) distinguishes
+trainings. The page `docs/diffusion.md` plots it.
 
 Sources: Kingma and Gao 2023, "Understanding Diffusion Objectives as the ELBO with Simple Data Augmentation", section 3 and
 table 1; Gao et al. 2024, "Diffusion Meets Flow Matching", section on training.
@@ -26,10 +26,11 @@ WeightingName = Literal["flow_matching", "sd3", "edm", "ddpm"]
 
 
 def effective_weight(prediction: Prediction, path: ProbabilityPath, density: TimeDensity, t: Tensor) -> Tensor:
-    """W at the log-SNR that `path` has at t, of the plain squared error of `prediction` under `density`: t (B,) -> (B,).
+    """Return w of the plain squared error of `prediction` under `density`, at the log-SNR of `path` at t: t (B,) -> (B,).
 
-    It is the density of the log-SNR, p(t) / (dl / dt), times what an error of the noise costs when counted as an error of the
-    prediction: at x_t an error e of the noise is one of -sigma / alpha e in the data, of -sigma / 2 dl/dt e in the velocity.
+    It is the density of the log-SNR, p(t) / (dl / dt), times a cost: the squared error of the prediction for an error of 1 in
+    the noise. At x_t, an error e in the noise is an error -sigma / alpha e in the data, and an error -sigma / 2 dl/dt e in the
+    velocity.
     """
     slope = path.log_snr_dot(t)
     cost = {
@@ -45,27 +46,30 @@ def _of(prediction: Prediction, path: ProbabilityPath, density: TimeDensity) -> 
 
 
 def _edm(log_snr: Tensor) -> Tensor:
-    """Karras et al. 2022, "Elucidating the Design Space", table 1: log sigma ~ N(-1.2, 1.2^2), data of deviation 0.5."""
+    """Return w of Karras et al. 2022, "Elucidating the Design Space", table 1.
+
+    There, log sigma ~ N(-1.2, 1.2^2), and the data have standard deviation 0.5.
+    """
     density = torch.exp(-(((log_snr - 2.4) / 2.4) ** 2) / 2) / (2.4 * math.sqrt(2 * math.pi))
     return density * (torch.exp(-log_snr) + 0.5**2) / 0.5**2
 
 
 WEIGHTINGS: dict[WeightingName, Callable[[Tensor], Tensor]] = {
-    # Proportional to exp(-l / 2); the same as the velocity's error along the cosine path.
+    # Proportional to exp(-l / 2). The velocity's error along the cosine path has the same weight.
     "flow_matching": _of("velocity", PATHS["linear"], Uniform()),
     "sd3": _of("velocity", PATHS["linear"], LogitNormal()),
     "edm": _edm,
     "ddpm": _of("noise", PATHS["vp"], Uniform()),
 }
-"""w by name, as functions of the log-SNR (B,) -> (B,). `ddpm` is L_simple of Ho et al. 2020, equation 14."""
+"""The functions w by name: log-SNR (B,) -> (B,). `ddpm` is L_simple of Ho et al. 2020, equation 14."""
 
 
 def loss_weight(
     weighting: WeightingName, prediction: Prediction, path: ProbabilityPath, density: TimeDensity, t: Tensor
 ) -> Tensor:
-    """What to multiply the squared error of `prediction` at t by, so that its effective weight is that of the name.
+    """Return the factor that gives the squared error of `prediction` the effective weight of the training `weighting`.
 
-    Where t is drawn from `density` this is importance sampling: the loss has the named training's mean, whatever the density.
-    t (B,) in (0, 1) -> (B,).
+    t (B,) in (0, 1) -> (B,). If t is drawn from `density`, this is importance sampling: for every density, the loss has the
+    mean of the named training.
     """
     return WEIGHTINGS[weighting](path.log_snr(t)) / effective_weight(prediction, path, density, t)

@@ -1,1 +1,1 @@
-"""Velocity fields: what a network offers, the UNet, and the perceptron of the plane."""
+"""Networks: their common interface, the UNet for digits, and the perceptron for points in the plane."""

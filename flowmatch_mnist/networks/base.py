@@ -1,4 +1,4 @@
-"""What a network must offer to be trained and sampled, and what networks share."""
+"""The interface that training and sampling need from a network, and the parts that all networks share."""
 
 from typing import Any
 
@@ -7,14 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SPAN_FREQUENCY = 10.0
-"""The highest in the embedding of a span: mean velocities are learned by their derivative, which it multiplies."""
+"""The highest angular frequency in the embedding of a span.
+
+It is low because mean velocities are learned from their derivative, and the frequency multiplies this derivative."""
 
 
 class TimeEmbedding(nn.Module):
     """Sines and cosines of t, then a two-layer perceptron: t (B,) in [0, 1] -> (B, dim).
 
-    The angular frequencies run geometrically from 1 to `max_frequency` radians per unit of t: Vaswani et al. 2017,
-    section 3.5, with t in place of the position.
+    The angular frequencies are a geometric sequence from 1 to `max_frequency` radians per unit of t. Source: Vaswani et al.
+    2017, section 3.5, with t instead of the position.
     """
 
     frequencies: Tensor
@@ -31,21 +33,22 @@ class TimeEmbedding(nn.Module):
 
 
 class Network(nn.Module):
-    """A network f(x, t, y), called with x (B, *shape), t (B,) in [0, 1], y int64 (B,); returns the shape of x.
+    """A network f(x, t, y): x (B, *shape), t (B,) in [0, 1], y int64 (B,) -> the shape of x.
 
-    What it puts out, velocity, data or noise, is for the training to say: see `flow.predictions`. One that `spans` can also
-    be asked for the mean velocity on the way from x: f(x, t, y, until), with `until` (B,) in [t, 1]; see `flow.meanflow`.
+    The training decides whether the output is velocity, data or noise: see `flow.predictions`. A network with `spans` can also
+    return the mean velocity from t to `until` along the trajectory through x: f(x, t, y, until), with `until` (B,) in [t, 1].
+    See `flow.meanflow`.
 
     Args:
         classes: number of labels; label `classes` itself means "no label".
         embedding_dim: width of the embedding of time and label.
-        spans: whether to learn mean velocities too. What takes in the span of time starts at zero, so that such a network
-            begins as the one without, whose weights it can start from.
+        spans: whether to learn mean velocities too. The embedding of the span starts at zero. So the network can start from the
+            weights of a network without spans, and it then computes the same output.
 
     Attributes:
-        arguments: plain values that build the network again; a checkpoint keeps them beside the weights.
+        arguments: plain values that build the network again; a checkpoint stores them with the weights.
         no_label: the label that means "no label"; the classes are 0 to no_label - 1.
-        shape: of one sample; (channels, height, width) of an image.
+        shape: the shape of one sample, for an image (channels, height, width).
     """
 
     arguments: dict[str, Any]
@@ -64,18 +67,21 @@ class Network(nn.Module):
                 nn.init.zeros_(parameter)
 
     def embed(self, t: Tensor, y: Tensor, until: Tensor | None) -> Tensor:
-        """Time, label and span as one vector: t, y, until (B,) -> (B, embedding_dim).
+        """Return the embedding of time, label and span, one vector for each sample: t, y, until (B,) -> (B, embedding_dim).
 
         Raises:
-            ValueError: if there is an `until` for a network that does not span.
+            ValueError: if `until` is given, but the network was built without spans.
         """
         h = self.time(t) + self.label(y)
         if self.spans:
             h = h + self.span(torch.zeros_like(t) if until is None else until - t)
         elif until is not None:
-            raise ValueError(f"this {type(self).__name__} knows no mean velocities; make it with spans")
+            raise ValueError(f"this {type(self).__name__} predicts no mean velocities; build it with spans=True")
         return F.silu(h)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, until: Tensor | None = None) -> Tensor:
-        """The prediction at x and t, given y; with `until`, the mean of the velocities from t to there, on the way from x."""
+        """Return the prediction at x and t, given y.
+
+        With `until`, return the mean velocity from t to `until` along the trajectory through x.
+        """
         raise NotImplementedError

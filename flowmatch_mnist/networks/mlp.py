@@ -1,4 +1,4 @@
-"""A network for points of the plane: the first lessons, `configs/toy.yaml` and `configs/toy_prompted.yaml`."""
+"""A network for points in the plane. The first lessons use it: `configs/toy.yaml` and `configs/toy_prompted.yaml`."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,9 +10,9 @@ class MLP(Network):
     """A multi-layer perceptron with residual layers, each scaled and shifted by the embedding of time and label.
 
     Args:
-        dim: coordinates of a point.
-        width: of the hidden layers.
-        layers: how many residual layers.
+        dim: number of coordinates of a point.
+        width: width of the hidden layers.
+        layers: number of residual layers.
         classes: number of labels; label `classes` itself means "no label".
         spans: whether to learn mean velocities too, see `flow.meanflow`.
 
@@ -32,7 +32,7 @@ class MLP(Network):
         self.last = nn.Linear(width, dim)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, until: Tensor | None = None) -> Tensor:
-        """The prediction at x (B, dim), t (B,) in [0, 1], y (B,) in 0..classes: (B, dim)."""
+        """Return the prediction at x (B, dim), t (B,) in [0, 1], y (B,) in 0..classes: (B, dim)."""
         embedding = self.embed(t, y, until)
         h = self.first(x)
         for layer, modulation in zip(self.hidden, self.modulation, strict=True):

@@ -1,12 +1,12 @@
-"""The velocity field v(x, t, y): a small UNet conditioned on time and on the digit's class.
+"""A small UNet for the velocity field v(x, t, y), conditioned on the time and the class of the digit.
 
     x ── stem ── encoder 28 ──────── skip ──────── decoder 28 ── head ── v
                      └─ encoder 14 ── skip ── decoder 14 ─┘
                               └──── middle 7 ────┘
 
-A convolution at 28x28 costs sixteen times the same one at 7x7, so the first stage is thin and short, and the width sits below
-it. A skip adds what the encoder found to what comes up from below; to put the two side by side would cost the decoder's first
-convolution twice the operations. Both are measured in benchmarks/README.md.
+A convolution at 28x28 costs sixteen times as much as the same convolution at 7x7. So the first stage has few channels and few
+blocks, and the later stages are wider. A skip connection adds the encoder's output to the decoder's input. Concatenation
+would double the operations of the decoder's first convolution. benchmarks/README.md has the measurements for both choices.
 
 Sources: Ronneberger et al. 2015 (UNet); Ho et al. 2020, appendix B (time embedding, attention at the coarsest scale);
 Dhariwal and Nichol 2021, section 3 (adaptive group normalisation); Goyal et al. 2017 (zero-initialised last layers).
@@ -24,19 +24,19 @@ from flowmatch_mnist.networks.base import Network
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
-    """Group normalisation with so many groups, or as many of them as divide the channels."""
+    """Return a group normalisation. Its number of groups is the greatest common divisor of `groups` and `channels`."""
     return nn.GroupNorm(math.gcd(groups, channels), channels)
 
 
 def zero_(layer: nn.Conv2d) -> nn.Conv2d:
-    """Start the layer at zero: the block it ends starts as the identity, the head as the zero field."""
+    """Set the layer to zero. A block that ends with it starts as the identity, and the head starts as the zero field."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions beside a short cut; the embedding scales and shifts the second normalisation.
+    """Two convolutions with a residual connection. The embedding scales and shifts the output of the second normalisation.
 
     Shapes: x (B, channels, H, W), embedding (B, embedding_dim) -> (B, channels, H, W).
     """
@@ -58,7 +58,7 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention between all places of the image, beside a short cut: (B, C, H, W) -> (B, C, H, W)."""
+    """Multi-head attention between all positions of the image, with a residual connection: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels: int, groups: int = 8, head_dim: int = 32) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class SelfAttention(nn.Module):
 
 
 class Stage(nn.Module):
-    """Residual blocks at one resolution, each followed by attention if asked for."""
+    """Residual blocks at one resolution. With `attention`, self-attention follows each block."""
 
     def __init__(self, channels: int, blocks: int, attention: bool, groups: int, **block: Any) -> None:
         super().__init__()
@@ -96,22 +96,22 @@ class UNet(Network):
     """A class-conditioned UNet with a skip connection from every encoder stage to its decoder stage.
 
     Args:
-        channels: width of each stage, finest (28x28) first; each further stage halves the resolution.
-        blocks: residual blocks at each resolution. Half of them are in its encoder stage, the rest, with the odd one, in its
-            decoder stage; those of the coarsest are the middle.
+        channels: number of channels of each stage, the finest (28x28) first. Each further stage halves the resolution.
+        blocks: number of residual blocks at each resolution. Half of them, rounded down, are in the encoder stage, and the
+            others are in the decoder stage. The blocks of the coarsest resolution are the middle stage.
         attention: for each resolution, whether self-attention follows each of its blocks.
         classes: number of labels; label `classes` itself means "no label" (for guidance).
         embedding_dim: width of the embedding of time and label.
-        image_channels: channels of x and of v.
-        image_size: height and width of x, divisible by 2 for every stage but the first.
+        image_channels: number of channels of x and of v.
+        image_size: height and width of x. It must be divisible by 2 once for every stage except the first.
         dropout: probability of dropping an activation inside a residual block, in [0, 1).
         spans: whether to learn mean velocities too, see `flow.meanflow`.
-        groups: in how many groups channels are normalised, each apart from the others, or as many as divide the channels. With
-            1, training is faster by a seventh on a processor, see benchmarks/README.md.
+        groups: number of groups of channels that are normalised separately. A layer uses the greatest common divisor of this
+            number and its channels. With 1 group, training on a CPU is faster by a seventh, see benchmarks/README.md.
 
     Raises:
-        ValueError: if `channels`, `blocks` and `attention` are not equally many, a width is not positive, or the image
-            cannot be halved often enough.
+        ValueError: if `channels`, `blocks` and `attention` have different lengths, a number is not positive, attention cannot
+            divide its channels into heads, or `image_size` cannot be halved often enough.
     """
 
     def __init__(
@@ -137,7 +137,8 @@ class UNet(Network):
             raise ValueError("channels, blocks, classes, embedding_dim, image_channels and groups must be positive")
         if image_size % 2 ** (len(channels) - 1):
             raise ValueError(
-                f"{len(channels)} stages halve the image {len(channels) - 1} times, which {image_size} is not fit for"
+                f"{len(channels)} stages halve the image {len(channels) - 1} times, which image_size {image_size} does not "
+                "allow; use another image_size"
             )
         self.arguments = {
             "channels": list(channels),
@@ -170,7 +171,7 @@ class UNet(Network):
         )
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, until: Tensor | None = None) -> Tensor:
-        """The field at x (B, image_channels, H, W), t (B,) in [0, 1], y (B,) in 0..classes; same shape as x."""
+        """Return the field at x (B, image_channels, H, W), t (B,) in [0, 1], y (B,) in 0..classes: same shape as x."""
         embedding = self.embed(t, y, until)
         h = self.stem(x)
         skips = []
