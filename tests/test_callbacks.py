@@ -106,7 +106,7 @@ def test_a_run_says_once_how_long_it_will_take(trainer, clock, capsys):
             trainer.global_step = step - 1 + part
             report.on_train_batch_start(trainer, module, BATCH, 0)
             report.on_train_batch_end(trainer, module, None, BATCH, 0)
-    assert capsys.readouterr().out == "step 400: about 4 min to go\n"
+    assert capsys.readouterr().out == "step 400: about 4 min left\n"
     for changes in ({"estimated_stepping_batches": math.inf}, {"is_global_zero": False}, {"estimated_stepping_batches": 401}):
         quiet, other = Report(), SimpleNamespace(**(vars(trainer) | changes))
         for step in (300, 400):
@@ -131,7 +131,8 @@ def test_the_last_words_are_what_comes_next(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = Path("runs/some/version_3")
     draw, test = "  python sample.py 0-9 --per-class 10", "  python train.py test --ckpt_path last"
-    assert what_next(folder, Path("runs"), True).splitlines() == [f"done, in {folder}; next:", "  tensorboard --logdir runs"]
+    words = [f"done; the files are in {folder}; next:", "  tensorboard --logdir runs"]
+    assert what_next(folder, Path("runs"), True).splitlines() == words
     save_checkpoint(folder / "checkpoints/last.ckpt", {})
     assert what_next(folder, Path("runs"), True).splitlines()[1:3] == [draw, test]
     assert what_next(folder, Path("runs"), False).splitlines()[1] == test
@@ -339,11 +340,11 @@ def test_a_report_has_all_figures_on_the_screen_and_in_its_file(trainer, measure
     evaluate.report(trainer, module, "test")
     lines = capsys.readouterr().out.splitlines()
     how = "euler, 4 steps, guidance 1 (NFE 8), seed 5"
-    assert lines[0] == f"30 samples with the labels of the test split, {how}; beside that split"
+    assert lines[0] == f"30 samples with the labels of the test split, {how}; compared with that split"
     assert lines[2].split() == ["distance", "8.300", "±", "0.010", "0.15", "55.33", "±", "0.07"]
     assert lines[8].split() == ["loss/test", "0.1250"]
-    assert lines[9] == "20 samples by 2 evaluations: distance ratio 15.33 ± 0.07, accuracy 0.250 ± 0.020"
-    assert lines[10].startswith("and by 6 evaluations: distance ratio 42.0")
+    assert lines[9] == "20 samples with 2 network evaluations: distance ratio 15.33 ± 0.07, accuracy 0.250 ± 0.020"
+    assert lines[10].startswith("and with 6 network evaluations: distance ratio 42.0")
     assert lines[11] == f"wrote {tmp_path / 'metrics.json'} after 3 s of drawing and 2 s of measuring"
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert list(found) == [
@@ -485,8 +486,8 @@ def stopper(message=None, monitor="loss/val", stopped=True):
     [
         ({"should_stop": True}, "a callback stopped it"),
         ({"should_stop": True, "callbacks": [Timer({"hours": 1})]}, "a callback stopped it"),
-        ({"should_stop": True, "early_stopping_callbacks": [stopper("Enough.")]}, "EarlyStopping: Enough; to go on, leave"),
-        ({"should_stop": True, "early_stopping_callbacks": [stopper()]}, "EarlyStopping: loss/val; to go on, leave"),
+        ({"should_stop": True, "early_stopping_callbacks": [stopper("Enough.")]}, "EarlyStopping: Enough; to go on, remove"),
+        ({"should_stop": True, "early_stopping_callbacks": [stopper()]}, "EarlyStopping: loss/val; to go on, remove"),
         ({"should_stop": True, "early_stopping_callbacks": [stopper(stopped=False)]}, "a callback stopped it"),
         ({"max_steps": 4}, "it has done its 4 steps; to go on, raise --trainer.max_steps"),
         ({"max_steps": 5}, "it has done its 9 epochs; to go on, raise --trainer.max_epochs"),

@@ -61,7 +61,7 @@ def test_what_it_prints_is_few_lines(tiny_run):
     assert lines[1] == "watch it with `tensorboard --logdir runs`; pictures go to runs/tiny/version_0/samples"
     assert [line for line in lines if line.startswith("epoch 2, step 12: train loss")]
     assert lines[-4:] == [
-        "done, in runs/tiny/version_0; runs/tiny/version_0/samples/learning.gif shows how it learned; next:",
+        "done; the files are in runs/tiny/version_0; runs/tiny/version_0/samples/learning.gif shows how it learned; next:",
         "  python sample.py 0-9 --per-class 10",
         "  python train.py test --ckpt_path last",
         "  tensorboard --logdir runs",
@@ -167,13 +167,14 @@ def test_validate_and_test_need_only_the_checkpoint(tiny_run, tmp_path, subcomma
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
     split = {"validate": "val", "test": "test"}[subcommand]
     assert f"\nloss/{split} " in done.stdout and "\nFrechet distance " in done.stdout
-    how = "midpoint, 2 steps, guidance 1 (NFE 4), seed 0; beside that split"
+    how = "midpoint, 2 steps, guidance 1 (NFE 4), seed 0; compared with that split"
     assert f"40 samples with the labels of the {split} split, {how}" in done.stdout
     report = json.loads((tmp_path / "runs/tiny/version_0/checkpoints/metrics.json").read_text())
     assert report["checkpoint"] == "last.ckpt" and report["split"] == split
     assert report["samples"] == 40 and report["evaluations"] == 4 and report["sampler"]["solver"] == "midpoint"
     assert [(point["steps"], point["evaluations"]) for point in report["by steps"]] == [(1, 2), (3, 6)]
-    assert "\n20 samples by 2 evaluations: label accuracy " in done.stdout and "\nand by 6 evaluations: " in done.stdout
+    assert "\n20 samples with 2 network evaluations: label accuracy " in done.stdout
+    assert "\nand with 6 network evaluations: " in done.stdout
     assert report["figures"]["label accuracy"]["real data"]["value"] > 0.99
     for by in ("", "resnet/"):
         distance = report["figures"][f"{by}Frechet distance"]
@@ -242,7 +243,7 @@ def test_two_nodes_share_the_steps_that_one_process_would_take(tmp_path, data_di
     assert len(list(versions[0].glob("events.*"))) == 1, "one process logs"
     assert len(list((versions[0] / "samples").glob("grid-*.png"))) == 2, "and one draws"
     assert done.stdout.count("epoch 2, step 12:") == 1
-    assert "2 processes take 16 samples each, 32 a step; for the steps of one process set --data.batch_size 8" in done.stdout
+    assert "2 processes take 16 samples each, 32 a step; to match one process, set --data.batch_size 8" in done.stdout
 
     monkeypatch.setattr(cli, "CLI", cli.CLI)  # put back afterwards: two_ranks.py replaces it
     done = run_here("tests/two_ranks.py", *common, "--data.batch_size", 32, cwd=tmp_path)

@@ -91,9 +91,9 @@ def test_the_module_takes_the_units_of_the_data_and_refuses_data_it_is_not_for()
     module.adopt(Points(Curve(classes=10)))
     assert module.flow.units is UNITS["plane"] and module.flow.describe(module.sampler)["units"] == "plane"
     for data, words in (
-        (Points(Curve(classes=1)), "10 classes of shape"),
-        (Points(Digits()), "Points has 10 of shape"),
-        (Points(Curve(classes=10), "linear"), "need the path linear, not cosine"),
+        (Points(Curve(classes=1)), "10 classes and samples of shape"),
+        (Points(Digits()), "Points has 10 classes and samples of shape"),
+        (Points(Curve(classes=10), "linear"), "set --model.path linear, not cosine"),
     ):
         with pytest.raises(UserError, match=words):
             module.adopt(data)

@@ -359,7 +359,7 @@ def test_at_once_means_with_all_processes_and_a_word(trainer, monkeypatch, first
     monkeypatch.setattr(saving, "_exit", ended)
     trainer.is_global_zero = first
     saving.end_together(trainer)(signal.SIGTERM, None)
-    assert written == [(2, "stopped by SIGTERM at once; what was saved before stays\n")] * first
+    assert written == [(2, "stopped by SIGTERM at once; the files saved before are kept\n")] * first
     trainer.strategy.launcher.kill.assert_called_once_with(signal.SIGTERM)
     trainer.strategy.launcher = None
     saving.end_together(trainer)(signal.SIGTERM, None)

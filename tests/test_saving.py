@@ -161,7 +161,7 @@ def test_another_global_batch_is_refused_and_another_sharing_of_it_is_exact():
         shares.append([batch[0] for batch in share])
     for batch, *parts in zip(whole[2:], *shares, strict=True):
         assert sorted(batch.tolist()) == sorted(torch.cat(parts).tolist())
-    with pytest.raises(UserError, match="global batch 20 and cannot go on with global batch 10"):
+    with pytest.raises(UserError, match="global batch 20 and cannot resume with global batch 10"):
         batches(1, size=10).load_state_dict(walk.state_dict())
 
 
@@ -193,9 +193,9 @@ def test_a_damaged_last_checkpoint_is_passed_over_and_said(tiny_run, tmp_path, m
     monkeypatch.chdir(tmp_path)
     spoil(tmp_path)
     assert newest_checkpoint() == Path("runs/tiny/version_0/checkpoints/best.ckpt")
-    assert "passing over runs/tiny/version_0/checkpoints/last.ckpt: its part" in caplog.text
+    assert "skipping runs/tiny/version_0/checkpoints/last.ckpt: its part" in caplog.text
     spoil(tmp_path, "best.ckpt")
-    with pytest.raises(UserError, match="no whole"):
+    with pytest.raises(UserError, match="no undamaged"):
         newest_checkpoint()
 
 
@@ -313,10 +313,10 @@ def test_weights_are_refused_if_anything_in_them_has_changed(tmp_path):
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode, "others may read it as they may any file"
     content = path.read_bytes()
     path.write_bytes(content.replace(b'"seed":"0"', b'"seed":"1"'))
-    with pytest.raises(UserError, match="does not fit its digest"):
+    with pytest.raises(UserError, match="does not match its digest"):
         load_weights(path)
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(UserError, match="does not fit its digest"):
+    with pytest.raises(UserError, match="does not match its digest"):
         load_weights(path)
 
 

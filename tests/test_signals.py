@@ -79,7 +79,7 @@ def test_slurms_signal_has_the_job_started_anew_and_it_resumes_in_its_folder(tmp
     command = [*TOY, *NEVER, *hear(signal.SIGUSR1)]
     done = run_here("train.py", *command, cwd=tmp_path)
     assert done.returncode == 128 + signal.SIGUSR1
-    assert "stopped by SIGUSR1 after step 7; wrote" in done.stdout and "SLURM starts job 1234 anew" in done.stdout
+    assert "stopped by SIGUSR1 after step 7; wrote" in done.stdout and "SLURM starts job 1234 again" in done.stdout
     assert scontrol.asked == ["scontrol", "requeue", "1234"] and last(tmp_path)["global_step"] == 7
 
     other = run_here("train.py", *command, "--name", "other", "--trainer.max_steps", 9, cwd=tmp_path)
@@ -92,11 +92,11 @@ def test_slurms_signal_has_the_job_started_anew_and_it_resumes_in_its_folder(tmp
 
 
 def test_what_slurm_says_of_a_job_is_told(monkeypatch, job, scontrol):
-    assert requeue.requeue() == "SLURM starts job 1234 anew, and the run resumes"
+    assert requeue.requeue() == "SLURM starts job 1234 again, and the run resumes"
     scontrol.status = 1
-    assert requeue.requeue() == "SLURM does not start job 1234 anew: job is not yours"
+    assert requeue.requeue() == "SLURM does not start job 1234 again: job is not yours"
     scontrol.error = FileNotFoundError(2, "No such file")
-    assert requeue.requeue() == "SLURM was not asked to start job 1234 anew: scontrol: No such file"
+    assert requeue.requeue() == "SLURM was not asked to start job 1234 again: scontrol: No such file"
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "77")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     requeue.requeue()

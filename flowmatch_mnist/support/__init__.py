@@ -1,1 +1,1 @@
-"""Errors, files, streams of randomness, and the choices of command lines: what knows nothing of the rest."""
+"""Errors, files, devices, random streams and command-line choices. This folder imports nothing from the rest of the package."""

@@ -1,4 +1,4 @@
-"""The choices that command lines offer. No PyTorch here, so that `sample.py` reports a mistake before it imports anything."""
+"""The choices of command-line options. PyTorch is not imported here, so `sample.py` reports a mistake before slow imports."""
 
 from pathlib import Path
 from typing import Literal, get_args
@@ -8,7 +8,7 @@ SOLVERS = ("euler", "midpoint", "heun", "rk4", "dpmpp_2m", "average", "dopri5")
 
 Spacing = Literal["uniform", "log_snr"]
 SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
-"""How the times of `flow.solvers.time_grid` can be spaced."""
+"""The spacings of the times of `flow.solvers.time_grid`."""
 
 PRETRAINED = {name: Path(__file__).parents[1] / "weights" / f"{name}.safetensors" for name in ("mnist", "few-step", "one-step")}
-"""The trained weights in the package. Each file says how it was trained, and its figures."""
+"""The trained weights in the package. Each file describes its training and its figures."""

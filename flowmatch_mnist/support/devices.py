@@ -1,4 +1,4 @@
-"""What differs between devices: which one is here, how wide its floats are, and how exact its products."""
+"""Differences between devices: the available device, its compiler, its widest float, its memory, and exact products."""
 
 import logging
 from collections.abc import Iterator
@@ -13,24 +13,24 @@ log = logging.getLogger(__name__)
 
 
 def default_device() -> str:
-    """The accelerator of this machine, such as "cuda" or "mps", or "cpu" where there is none."""
+    """Return the type of this machine's accelerator, such as "cuda" or "mps", or "cpu" if there is none."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if found is None else found.type
 
 
 def compile_in_place(net: nn.Module, device: torch.device, mode: str | None) -> None:
-    """Compile a network's calls, which leaves the names of its weights as they are; or say why that does not work here.
+    """Compile a network's calls without changing the names of its weights. If compiling does not work here, log the reason.
 
-    Without a C++ compiler (on a processor) or Triton (on a GPU) it does not, and training goes on uncompiled.
+    Compiling needs a C++ compiler on a CPU, and Triton on a GPU. Without them, training goes on uncompiled.
 
     Args:
         net: the network.
-        device: where it is.
-        mode: of `torch.compile`.
+        device: the network's device.
+        mode: the mode of `torch.compile`.
     """
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(2, device=device))
-    except Exception as error:  # a compiler that is missing or broken can fail in any way
+    except Exception as error:  # a missing or broken compiler can raise any error
         why = one_line(error).partition(" Set TORCHDYNAMO")[0][:200]
         log.warning("training without torch.compile, which is slower; it does not work here: %s", why)
     else:
@@ -38,12 +38,12 @@ def compile_in_place(net: nn.Module, device: torch.device, mode: str | None) -> 
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """float64, or float32 on Apple's GPUs, which have no wider one."""
+    """Return float64, or float32 on Apple's GPUs, which have no wider float type."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def memory_used(device: torch.device) -> int | None:
-    """The bytes of a GPU's memory that tensors took at most so far (of an Apple GPU, take now); None of a processor."""
+    """Return the peak memory of tensors on a GPU in bytes (on an Apple GPU, the memory in use now), or None on a CPU."""
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps" and torch.backends.mps.is_available():
@@ -53,7 +53,7 @@ def memory_used(device: torch.device) -> int | None:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Compute products and convolutions of float32 in float32. An NVIDIA GPU may else round their factors to 10 bits (TF32)."""
+    """Compute float32 products and convolutions in float32. An NVIDIA GPU may otherwise round factors to 10 bits (TF32)."""
     products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False

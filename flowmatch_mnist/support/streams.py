@@ -1,8 +1,8 @@
 """Randomness as a pure function of a key.
 
-Each kind of draw (noise, times, label dropout, data order) has a stream of its own, named by a key such as
-`(seed, "noise", step)`. Nothing depends on how often, or in which process, something else was drawn: a run that was killed and
-resumed sees what the uninterrupted one would have, and several processes see together what one would see alone.
+Each kind of draw (noise, times, label dropout, data order) has its own stream. A key such as `(seed, "noise", step)` names the
+stream. A draw does not depend on other draws: neither on their number, nor on the process that made them. So a run that was
+killed and resumed sees the same numbers as an uninterrupted run, and several processes together see the same numbers as one.
 """
 
 import hashlib
@@ -14,26 +14,26 @@ from torch import Tensor
 
 
 def seed(*key: int | str) -> int:
-    """A 63-bit hash of the key."""
+    """Return a 63-bit hash of the key."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
 
 
 def generator(device: torch.device | str, *key: int | str) -> torch.Generator:
-    """A generator on `device` whose seed is the hash of the key."""
+    """Return a random generator on `device`, seeded with the hash of the key."""
     return torch.Generator(device).manual_seed(seed(*key))
 
 
 Draw = Callable[[int, torch.Generator], Tensor]
-"""Makes so many draws from a generator, along the first dimension."""
+"""A function that makes a given number of draws from a generator, along the first dimension."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a run a training batch belongs.
+    """The place of a training batch in a run.
 
     Attributes:
-        step: how many batches went before.
-        rank, ranks: which share of the global batch is this process's: every ranks-th sample, from the rank-th on.
+        step: number of batches before this one.
+        rank, ranks: this process's share of the global batch: every ranks-th sample, starting with sample number `rank`.
     """
 
     step: int
@@ -41,22 +41,22 @@ class Place:
     ranks: int = 1
 
     def share(self, draw: Draw, count: int, device: torch.device, *key: int | str) -> Tensor:
-        """This process's share, (count, ...), of what is drawn for the whole global batch from the stream (*key, step).
+        """Return this process's share, (count, ...), of the draws for the whole global batch from the stream (*key, step).
 
         Every process draws the whole batch and keeps its share, so results do not depend on the number of processes.
 
         Args:
-            draw: how to draw.
-            count: samples of the share, equally many in all processes.
-            device: of the generator.
-            key: of the stream.
+            draw: the function that makes the draws.
+            count: number of samples in the share, equal in all processes.
+            device: device of the generator.
+            key: key of the stream, without the step.
         """
         return draw(count * self.ranks, generator(device, *key, self.step))[self.rank :: self.ranks]
 
     def normal(self, shape: Sequence[int], device: torch.device, *key: int | str) -> Tensor:
-        """This process's share, float32 of this shape, of standard normal noise from the stream."""
+        """Return this process's share of standard normal noise from the stream, float32 of this shape."""
         return self.share(lambda n, g: torch.randn(n, *shape[1:], generator=g, device=device), shape[0], device, *key)
 
     def uniform(self, shape: Sequence[int], device: torch.device, *key: int | str) -> Tensor:
-        """This process's share, float32 of this shape, of uniform numbers in [0, 1) from the stream."""
+        """Return this process's share of uniform numbers in [0, 1) from the stream, float32 of this shape."""
         return self.share(lambda n, g: torch.rand(n, *shape[1:], generator=g, device=device), shape[0], device, *key)

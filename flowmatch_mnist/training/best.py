@@ -1,4 +1,4 @@
-"""The best checkpoints of a run, by its validation loss or by a figure of quality."""
+"""Keeping the best checkpoints of a run, by the validation loss or by a figure of quality."""
 
 import shutil
 from pathlib import Path
@@ -13,19 +13,19 @@ from flowmatch_mnist.training.folder import folder_of
 
 
 class KeepBest(ModelCheckpoint):
-    """Keeps `best.ckpt`, the checkpoint with the lowest (or highest) value of one figure, and others beside it if asked to.
+    """Keeps `best.ckpt`, the checkpoint with the lowest (or highest) value of one figure, and more checkpoints if asked to.
 
-    By a figure of `Evaluate`, it saves when that is measured, so that the figure is of the weights that are kept.
+    If `Evaluate` measures the figure, this callback saves right after that. So the figure belongs to the saved weights.
 
     Args:
-        filename: of the checkpoints, without its ending: by default "best" for a single one, and the step for several.
+        filename: name of the checkpoints, without the extension: by default "best" for a single one, and the step for several.
         monitor: the figure: "loss/val", or one that `Evaluate` logs, such as "quality/Frechet distance ratio".
-        save_top_k: how many to keep; -1 is all, 0 none.
-        mode: "min" if a lower figure is better, "max" if a higher.
-        settings: of Lightning's `ModelCheckpoint`.
+        save_top_k: number of checkpoints to keep; -1 keeps all, 0 keeps none.
+        mode: "min" if a lower figure is better, "max" if a higher figure is better.
+        settings: other arguments of Lightning's `ModelCheckpoint`.
 
     Raises:
-        ValueError: if several checkpoints would get the same name, or `last.ckpt` would be written, as `SaveLast` does.
+        ValueError: if several checkpoints would get the same name, or if it would write `last.ckpt`, which `SaveLast` writes.
     """
 
     def __init__(
@@ -55,22 +55,22 @@ class KeepBest(ModelCheckpoint):
             enable_version_counter=enable_version_counter,
             **settings,
         )
-        self._copied: tuple[str, int] | None = None  # the path, and the time of its writing
+        self._copied: tuple[str, int] | None = None  # the path, and the time of its last change in ns
 
     @property
     def state_key(self) -> str:
-        """As Lightning's own callback has it, under which older checkpoints keep its state."""
+        """Return the key of Lightning's own callback, because older checkpoints store the state under it."""
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Keep the checkpoints in the run's folder, unless a place is named."""
+        """Keep the checkpoints in the run's folder, unless `dirpath` names another."""
         self.folder = folder_of(trainer)
         if self.dirpath is None and self.folder is not None:
             self.dirpath = str(self.folder / "checkpoints")
         super().setup(trainer, pl_module, stage)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the best so far where those files are: the run's folder may have been moved, or this may be a new one."""
+        """Restore the list of best checkpoints if they are in this folder. The run may have been moved, or may be a new one."""
 
         def here(path: str) -> str:
             return str(Path(self.dirpath or ".") / Path(path).name) if path else ""
@@ -83,19 +83,19 @@ class KeepBest(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if quality was measured in this step."""
+        """Save if `Evaluate` measured the quality in this step."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._by_quality(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save if quality was measured now, or as Lightning does. An epoch that was stopped in its middle has no figures."""
+        """Save if the quality was just measured, or as Lightning does. An epoch that stopped in the middle has no figures."""
         if trainer.should_stop and not trainer.is_last_batch:
             return
         super().on_train_epoch_end(trainer, pl_module)
         self._by_quality(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save as Lightning does; by quality not here, where its figure may be of earlier weights."""
+        """Save as Lightning does, but not by quality: at this point, the last figure may belong to earlier weights."""
         if not self.by_quality:
             super().on_validation_end(trainer, pl_module)
             self._copy(trainer)
@@ -108,11 +108,11 @@ class KeepBest(ModelCheckpoint):
         self._copy(trainer)
 
     def _copy(self, trainer: Trainer) -> None:
-        """Have the best as `best.ckpt` in the run's folder, whatever its name is."""
+        """Copy the best checkpoint to `best.ckpt` in the run's folder if it has another name or folder."""
         if self.folder is None or not trainer.is_global_zero:
             return
         path, best = Path(self.best_model_path), self.folder / "checkpoints" / "best.ckpt"
-        if path == best or not path.is_file():  # nothing is kept yet, or somebody has removed it
+        if path == best or not path.is_file():  # there is no best checkpoint yet, or somebody has removed it
             return
         newest = (str(path), path.stat().st_mtime_ns)
         if newest != self._copied:

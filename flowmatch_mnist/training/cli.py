@@ -1,4 +1,4 @@
-"""The command line of `train.py`: Lightning's, with this project's callbacks, folders and error messages."""
+"""The command line of `train.py`: Lightning's command line with this project's callbacks, folders and error messages."""
 
 import logging
 import signal
@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from flowmatch_mnist.data import curve, digits, reflow  # noqa: F401  so that configs and options can name their data modules
+from flowmatch_mnist.data import curve, digits, reflow  # noqa: F401  configs and options name their data modules
 from flowmatch_mnist.data.pairs import PairsDataModule
 from flowmatch_mnist.sampling.weights import KEY, read_checkpoint
 from flowmatch_mnist.support.errors import UserError, exit_on_error, one_line
@@ -36,7 +36,7 @@ from flowmatch_mnist.training.tensorboard import Board
 
 
 def native_precision(accelerator: str) -> str:
-    """bf16 mixed precision where the hardware computes in it, else 32 bits: emulated bf16 is far slower than fp32."""
+    """Return bf16 mixed precision if the hardware computes in it, else 32 bits: emulated bf16 is far slower than fp32."""
     if accelerator != "cpu" and torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -48,8 +48,9 @@ def native_precision(accelerator: str) -> str:
 class CLI(LightningCLI):
     """Lightning's command line for `FlowMatching` on MNIST.
 
-    Runs go to `runs/<name>/version_<n>/`, or below another `--trainer.default_root_dir`. `--ckpt_path last` (or `best`) is the
-    newest run of that name, and `fit` resumes in that run's folder; `fit` from the path of a checkpoint starts a new version.
+    A run's files go to `runs/<name>/version_<n>/`; `--trainer.default_root_dir` replaces `runs`. `--ckpt_path last` (or `best`)
+    means that checkpoint of the newest run with this name, and `fit` resumes in its folder. `fit` from the path of a checkpoint
+    starts a new version.
     """
 
     folder: Path | None = None
@@ -63,13 +64,13 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(DrawSamples, "sampling")
         parser.add_lightning_class_args(Evaluate, "evaluation")
         parser.add_lightning_class_args(KeepBest, "checkpoint")
-        parser.add_lightning_class_args(SaveLast, "saving")  # the last, so that its checkpoint holds what the others know
+        parser.add_lightning_class_args(SaveLast, "saving")  # last, so its checkpoint has the newest state of the others
         for target in ("model.seed", "data.init_args.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=int)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
-        # Held back, since Lightning would now take settings from it: a checkpoint may come from a stranger.
+        # Hidden from Lightning, which would now read settings from the checkpoint: the file may not be trustworthy.
         settings = self.config[self.config.subcommand]
         self.checkpoint, settings.ckpt_path = settings.ckpt_path, None
 
@@ -88,7 +89,7 @@ class CLI(LightningCLI):
         elif self.subcommand == "fit":
             path = checkpoint_of_this_job(self.versions)
         else:
-            raise UserError(f"{self.subcommand} needs a trained model; name it with --ckpt_path (a file, or last, or best)")
+            raise UserError(f"{self.subcommand} needs a trained model; give --ckpt_path (a file, or last, or best)")
         if path is not None:
             stored = read_checkpoint(path)
             self.stored, self.stored_step = stored[KEY], stored.get("global_step")
@@ -107,7 +108,7 @@ class CLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, RuntimeError, ImportError, MemoryError, MisconfigurationException) as error:
-            raise UserError(f"{explain(error)[:600]}; mend the config or the command line") from error
+            raise UserError(f"{explain(error)[:600]}; correct the config or the command line") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self.config_init[self.subcommand].trainer
@@ -115,9 +116,9 @@ class CLI(LightningCLI):
             self.folder = self.folder or claim(self.versions)
             self.lock = hold(self.folder)
         with unless_it_fails(self.folder, self.lock):
-            # Where nothing else says so, Lightning looks for files of SLURM's there, and writes those of others.
+            # By default, Lightning looks for SLURM's files in this folder, and other callbacks and plugins write there.
             kwargs["default_root_dir"] = self.folder or self.versions
-            # Report's clock stops before others take their time.
+            # Report is first, so its clock stops before the other callbacks use time.
             kwargs["callbacks"] = [RunFolder(self.folder, self.lock), Report(), *as_list(settings.callbacks)]
             bars = [callback for callback in kwargs["callbacks"] if isinstance(callback, ProgressBar)]
             callbacks: list[Callback] = [WriteSamples()]
@@ -130,9 +131,12 @@ class CLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
 
     def board(self) -> Board | bool:
-        """TensorBoard for what this command logs. It follows one writer in a folder: only `fit` writes in the run's own."""
+        """Return this command's TensorBoard logger, or False for none.
+
+        TensorBoard follows only one writer in a folder, so only `fit` writes to the run's own folder.
+        """
         if self.subcommand == "fit":
-            # What a killed run logged after its last checkpoint is logged again: the first time shall not be seen.
+            # A resumed run logs the steps after its checkpoint again. TensorBoard must hide the killed run's values for them.
             return Board(self.folder or self.versions, purge_step=self.stored_step if self.resumes else None)
         if self.subcommand == "predict" or self.folder is None:
             return False
@@ -149,7 +153,7 @@ class CLI(LightningCLI):
         """Raise UserError for a precision that is not supported, and for a checkpoint of another model."""
         if self.trainer.precision not in PRECISIONS:
             raise UserError(
-                f"precision {self.trainer.precision} is not supported, since weights and averages are kept in 32 bits; "
+                f"precision {self.trainer.precision} is not supported, because weights and averages are kept in 32 bits; "
                 f"set --trainer.precision to one of {', '.join(PRECISIONS)}"
             )
         checkpoint = self.config[self.subcommand].ckpt_path
@@ -159,20 +163,20 @@ class CLI(LightningCLI):
             for key in ("network", "arguments", "path", "prediction", "units"):
                 stored = self.stored.get(key)
                 if key == "arguments" and isinstance(stored, dict):
-                    stored = {**wanted[key], **stored}  # what an older file does not mention is as by default
+                    stored = {**wanted[key], **stored}  # arguments that an older file does not mention have their defaults
                 if stored != wanted[key]:
                     raise UserError(
                         f"{checkpoint} holds a model with {key} {self.stored.get(key)}, but the config asks for {wanted[key]}; "
-                        "give the --config it was trained with, or none"
+                        "give the --config that it was trained with, or no --config"
                     )
-            self.model.start = None  # the checkpoint overrules those weights, and their file may be gone by now
-            # Not in the config that is kept: a run from it should start afresh.
+            self.model.start = None  # the checkpoint replaces those weights, and their file may no longer exist
+            # The saved config has no checkpoint, because a run from that config should start from the beginning.
             self.config[self.subcommand].ckpt_path = None
             if self.trainer.is_global_zero:
                 print(f"{'going on from' if self.subcommand == 'fit' else 'using'} {checkpoint}", flush=True)
 
     def announce(self) -> None:
-        """Say what begins."""
+        """Print the network, the devices, the precision and the folder of a run that begins."""
         size = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
         print(
             f"training {type(self.model.net).__name__} ({size:.2f} M parameters) on {self.trainer.world_size} x "
@@ -185,20 +189,20 @@ class CLI(LightningCLI):
         if (processes := self.trainer.world_size) > 1:
             batch = self.datamodule.batch_size
             print(
-                f"{processes} processes take {batch} samples each, {processes * batch} a step; for the steps of one process "
-                f"set --data.batch_size {max(1, batch // processes)}; for larger ones raise --model.optimizer.lr, such as "
-                f"{processes**0.5:.2g} times",
+                f"{processes} processes take {batch} samples each, {processes * batch} a step; to match one process, set "
+                f"--data.batch_size {max(1, batch // processes)}; to keep the larger batch, raise --model.optimizer.lr, for "
+                f"example by a factor of {processes**0.5:.2g}",
                 flush=True,
             )
 
     def after_fit(self) -> None:
-        """Say what came of it, and what comes next."""
+        """Print the results, and the next commands."""
         if self.folder is not None and self.trainer.is_global_zero and self.trainer.state.finished:
             print(what_next(self.folder, self.versions.parent, self.datamodule.problem.kind == "images"), flush=True)
 
 
 def raised_by_lightning(error: BaseException) -> bool:
-    """Whether an error comes from Lightning's own code: from one of its checks, and not from what it calls."""
+    """Return whether an error comes from Lightning's own code, such as one of its checks, and not from code that it calls."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
@@ -206,17 +210,17 @@ def raised_by_lightning(error: BaseException) -> bool:
 
 
 def main() -> None:
-    """Run the command line; mistakes end with one line and status 2."""
+    """Run the command line. Mistakes of the user end with one line and status 2."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # whose report is all that a profiler gives
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # says so when a compiler for GPUs finds none
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # profilers print their report only through it
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns if a GPU compiler finds no GPU
     log = logging.getLogger("flowmatch_mnist")
     log.addHandler(logging.StreamHandler())
     log.setLevel(logging.INFO)
-    warnings.filterwarnings("ignore", message=".*treespec.*LeafSpec.*")  # Lightning's own, of PyTorch's newest versions
-    warnings.filterwarnings("ignore", message=".*Grad strides do not match bucket view strides.*")  # of 1x1 convolutions
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")  # when a run goes on
+    warnings.filterwarnings("ignore", message=".*treespec.*LeafSpec.*")  # from Lightning with the newest PyTorch
+    warnings.filterwarnings("ignore", message=".*Grad strides do not match bucket view strides.*")  # from 1x1 convolutions
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")  # in a resumed run
     torch.set_float32_matmul_precision("high")
     accept_older_configs()
     with exit_on_error():
@@ -235,8 +239,8 @@ def main() -> None:
                 load_from_checkpoint_support=False,
             )
         except UnicodeDecodeError as error:
-            raise UserError(f"{option(sys.argv, '--config')} is no text, so it is no config; name another") from error
+            raise UserError(f"{option(sys.argv, '--config')} is not a text file, so it is no config; use another") from error
         except (MisconfigurationException, ValueError, TypeError, RuntimeError, KeyError, NotImplementedError) as error:
             if not raised_by_lightning(error):
                 raise
-            raise UserError(f"{one_line(error)[:600]}; mend the config or the command line") from error
+            raise UserError(f"{one_line(error)[:600]}; correct the config or the command line") from error

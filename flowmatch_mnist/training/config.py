@@ -1,4 +1,4 @@
-"""The config of a run, kept beside its checkpoints and shown by its loggers."""
+"""The config of a run: its copy in the run's folder, and its settings in the loggers."""
 
 import os
 import platform
@@ -17,26 +17,26 @@ from flowmatch_mnist.training.folder import folder_of
 from flowmatch_mnist.training.tensorboard import Value, log_run
 
 NOT_LEARNED = ("channels_last", "compile", "data_dir", "eval_batch_size", "num_workers", "predict_per_class")
-"""Settings that do not change what is learned."""
+"""Settings that do not change the trained network."""
 
 
 MATTER = (
     *("optimizer.lr", "max_steps", "max_epochs", "batch_size", "net.channels"),
     *("path", "exact_until", "label_dropout", "sampler.guidance", "seed_everything"),
 )
-"""The settings that TensorBoard lists runs by."""
+"""The settings that TensorBoard lists for each run."""
 
 
 class LogConfig(SaveConfigCallback):
-    """Keeps the resolved config beside the checkpoints, and hands it to the loggers."""
+    """Saves the resolved config in the run's folder, and passes it to the loggers."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Learn the run's folder, which the processes agree on together."""
+        """Get the run's folder here, because all processes must ask for it together."""
         self.folder = folder_of(trainer)
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write it. Lightning calls this in one process."""
+        """Write the config and log it. Lightning calls this in one process only."""
         if self.folder is not None:
             with replacing(self.folder / "config.yaml") as temporary:
                 self.parser.save(self.config, temporary, skip_unset=False, overwrite=True, multifile=False)
@@ -47,12 +47,12 @@ class LogConfig(SaveConfigCallback):
 
 
 def command() -> str:
-    """What was typed."""
+    """Return the command line of this run."""
     return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def machine(trainer: Trainer) -> str:
-    """What a run runs on, a line for the hardware and one for the software."""
+    """Describe the machine: one line for the hardware, and one line for the software."""
     device = trainer.strategy.root_device
     name = f" {torch.cuda.get_device_name(device)}" if device.type == "cuda" and torch.cuda.is_available() else ""
     versions = f"flowmatch-mnist {version('flowmatch-mnist')}, torch {torch.__version__}, lightning {version('lightning')}"
@@ -63,13 +63,13 @@ def machine(trainer: Trainer) -> str:
 
 
 def hyperparameters(config: dict[str, Any]) -> dict[str, Value]:
-    """What tells one run from another, of a flat config: by short names, and in values that TensorBoard can sort by."""
+    """Return the settings of a flat config that distinguish runs, with short names, and values that TensorBoard can sort by."""
     chosen: dict[str, Value] = {}
     for key, value in config.items():
         group, _, rest = key.partition(".")
         if group in ("seed_everything", "model", "ema", "data") or key in ("trainer.max_epochs", "trainer.max_steps"):
             name = ".".join(part for part in rest.split(".") if part not in ("init_args", "class_path")) or group
-            name = f"ema.{name}" if group == "ema" else name  # the learning rate has a decay too
+            name = f"ema.{name}" if group == "ema" else name  # because the learning rate has a decay too
             unlimited = name in ("max_epochs", "max_steps") and value == -1
             if value is not None and name not in NOT_LEARNED and not unlimited:
                 chosen[name] = value if isinstance(value, bool | int | float) else str(value).rsplit("flowmatch_mnist.", 1)[-1]

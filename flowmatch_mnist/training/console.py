@@ -1,4 +1,4 @@
-"""What the terminal shows of a training: a progress bar, how long it will take, a line for each validation, what is next."""
+"""The terminal output of training: a progress bar, the remaining time, a line for each validation, and the next commands."""
 
 import math
 import time
@@ -18,21 +18,21 @@ from flowmatch_mnist.training.steps import is_logged, last_step
 from flowmatch_mnist.training.tensorboard import log_scalars
 
 EARLY = 100
-"""Steps after which a run says how long it will take."""
+"""Number of steps after which a run prints its remaining time."""
 
 
 class Description(ProgressColumn):
-    """What a bar is of, without the "/-2" that Lightning shows where the passes over the data are not limited."""
+    """The description of a progress bar, without the "/-2" that Lightning shows if the number of epochs is unlimited."""
 
     def render(self, task: Task) -> Text:
-        """The words before the bar."""
+        """Return the words before the bar."""
         return Text.from_markup(task.description.replace("/-2", ""), style="progress.description")
 
 
 class Bar(RichProgressBar):
-    """Lightning's progress bar, with descriptions of its own, and the loss of the last step that was logged.
+    """Lightning's progress bar with other descriptions, and with the loss of the last logged step.
 
-    The loss is read once, when it is logged: Lightning would read it from a GPU, and wait for that, in every step.
+    This class reads the loss only in logged steps. Lightning would read it in every step, and the host would wait for the GPU.
     """
 
     def __init__(self) -> None:
@@ -48,37 +48,37 @@ class Bar(RichProgressBar):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Lightning's, and the loss."""
+        """Return Lightning's metrics and the loss."""
         return {**super().get_metrics(trainer, pl_module), **self._loss}
 
     def configure_columns(self, trainer: Trainer) -> list[Any]:
-        """The columns: Lightning's, but for the first."""
+        """Return Lightning's columns, with another first column."""
         _, *others = super().configure_columns(trainer)
         return [Description(), *others]
 
 
 class Report(Callback):
-    """Logs samples per second and a GPU's memory; prints how long the run will take, and a line for each validation.
+    """Logs samples per second and the memory use of a GPU; prints the remaining time, and a line for each validation.
 
-    The rate is of training alone. Its clock stops after each logged step and starts with the next batch, so that validation,
-    drawing and the first step (which may compile) do not count.
+    The rate counts training only. Its clock stops after each logged step and starts with the next batch. So validation, drawing
+    and the first step (which may compile) do not count.
     """
 
     def __init__(self) -> None:
         self._begun = 0.0
-        self._before = 0.0  # seconds of the parts that this run goes on from
+        self._before = 0.0  # seconds that the run took before it was resumed
         self._mark: float | None = None
         self._samples = 0
         self._rate = ""
-        self._first: tuple[int, float] | None = None  # the number of this part's first step, and when it was done
+        self._first: tuple[int, float] | None = None  # the first step of this process: its number, and the time of its end
         self._foretold = False
 
     def state_dict(self) -> dict[str, Any]:
-        """How long the run has taken so far."""
+        """Return the seconds that the run has taken so far."""
         return {"seconds": self._seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Count on from there."""
+        """Restore the seconds of the run before it was resumed."""
         self._before = state_dict["seconds"]
 
     @property
@@ -90,14 +90,14 @@ class Report(Callback):
         self._begun = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Start the clock of the rate, if it stands still."""
+        """Start the clock of the rate if it is stopped."""
         if self._mark is None:
             self._mark, self._samples = time.perf_counter(), 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch; in a step that is logged, log the rate and stop the clock."""
+        """Count the batch. In a logged step, log the rate and stop the clock."""
         assert self._mark is not None
         self._samples += len(batch[-1]) * trainer.world_size
         if trainer.global_step == 1:
@@ -112,7 +112,7 @@ class Report(Callback):
         self._foretell(trainer)
 
     def _foretell(self, trainer: Trainer) -> None:
-        """Say, after the first steps of this part, how long the others will take."""
+        """Print the remaining time once, after the first `EARLY` steps since the start or the resume."""
         step, now = trainer.global_step, time.perf_counter()
         if self._first is None:
             self._first = step, now
@@ -121,14 +121,14 @@ class Report(Callback):
             first, then = self._first
             minutes = (trainer.estimated_stepping_batches - step) * (now - then) / (step - first) / 60
             if 1 <= minutes < math.inf:
-                print(f"step {step}: about {minutes:.0f} min to go", flush=True)
+                print(f"step {step}: about {minutes:.0f} min left", flush=True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock of the rate."""
         self._mark = None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the line."""
+        """Print the line of a validation."""
         if not trainer.is_global_zero or trainer.sanity_checking or not self._begun:
             return
         train, val = cast(FlowMatching, pl_module).last_loss, trainer.callback_metrics["loss/val"]
@@ -141,17 +141,17 @@ class Report(Callback):
 
 
 def what_next(folder: Path, runs: Path, drawable: bool) -> str:
-    """The last words of a run: what came of it, and the commands that come next.
+    """Return the last lines that a run prints: its results, and the next commands.
 
     Args:
-        folder: the run's.
-        runs: of all runs.
-        drawable: whether `sample.py` can draw with it, which is for digits alone.
+        folder: the run's folder.
+        runs: the folder of all runs.
+        drawable: whether `sample.py` can use the checkpoint; it can draw only digits.
     """
     last = folder / "checkpoints" / "last.ckpt"
-    usual = runs == RUNS  # where the commands look by themselves
+    usual = runs == RUNS  # the commands look there by default
     film = folder / "samples" / FILM
-    lines = [f"done, in {folder}" + (f"; {film} shows how it learned" if film.is_file() else "") + "; next:"]
+    lines = [f"done; the files are in {folder}" + (f"; {film} shows how it learned" if film.is_file() else "") + "; next:"]
     if last.is_file():
         if drawable:
             lines.append("  python sample.py 0-9 --per-class 10" + ("" if usual else f" --checkpoint {last}"))

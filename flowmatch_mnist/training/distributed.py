@@ -1,4 +1,4 @@
-"""What several processes do together: share samples, and bring them together again."""
+"""Functions for several processes: find the first process, gather values, and undo the sharing of a batch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,16 +11,17 @@ from torch import Tensor
 
 
 def is_first() -> bool:
-    """Whether this process is the first of all; known before there is a trainer, from what launchers put in the environment.
+    """Return whether this is the first of all processes. It reads the launcher's environment variables, and needs no trainer.
 
-    Where nobody counts all processes, Lightning counts those of one node: then the first of each has the number 0.
+    If no variable gives the rank among all processes, Lightning takes the rank within the node. Then the first process of each
+    node has rank 0, so the node's rank must be 0 too.
     """
     first: bool = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     return first and LightningEnvironment().node_rank() == 0
 
 
 def gather(trainer: Trainer, share: Any) -> list[Any]:
-    """The shares of all processes in the order of their ranks, in every process."""
+    """Return the shares of all processes, in the order of their ranks, in every process."""
     shares: list[Any] = [share]
     if trainer.world_size > 1:
         shares = [None] * trainer.world_size
@@ -29,7 +30,7 @@ def gather(trainer: Trainer, share: Any) -> list[Any]:
 
 
 def interleave(shares: Sequence[Tensor]) -> Tensor:
-    """Undo the sharing of a global batch, in which the n-th sample goes to rank n modulo the number of ranks."""
+    """Return the global batch from its shares. Sample n of the batch is in the share of rank n modulo the number of ranks."""
     whole = torch.cat(list(shares))
     for rank, share in enumerate(shares):
         whole[rank :: len(shares)] = share

@@ -1,4 +1,4 @@
-"""Samples to look at: pictures while training, and the files of `predict`."""
+"""Callbacks that write samples: pictures during training, and the files of `predict`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,22 +19,22 @@ from flowmatch_mnist.training.steps import last_step
 from flowmatch_mnist.training.tensorboard import log_picture
 
 FILM = "learning.gif"
-"""The film of a run's first pictures, from the first to the last time, in `samples/`."""
+"""The animation in `samples/`. It shows all pictures of one kind, from the first step to the last."""
 
 
 class DrawSamples(Periodic):
-    """Draws, with the averaged weights, samples of every class: pictures and figures, into TensorBoard and as PNG files.
+    """Draws samples of every class with the averaged weights, and writes pictures of them to TensorBoard and as PNG files.
 
-    The noise is the same every time, so that the eye can follow each sample as it forms. What the pictures show is for the
-    problem to say. Files go to `samples/` in the run's folder, beside `checkpoints/`; when training ends, so does a film of
-    them. One process draws; the others wait for it at their next step.
+    The noise is the same every time, so you can see how each sample develops. The problem decides what the pictures show. The
+    files go to `samples/` in the run's folder, next to `checkpoints/`. At the end of training, an animation of the pictures
+    goes there too. One process draws, and the others wait for it at their next step.
 
     Args:
-        every_n_epochs: how often to draw, in epochs; 0 is never.
-        every_n_steps: how often to draw, in optimizer steps; 0 is never.
-        at_steps: further steps at which to draw, such as the first ones, where most happens.
-        rows: samples of each class.
-        seed: of the noise.
+        every_n_epochs: number of epochs from one drawing to the next; 0 means never.
+        every_n_steps: number of optimizer steps from one drawing to the next; 0 means never.
+        at_steps: additional steps at which to draw, such as the first steps, when samples change most.
+        rows: number of samples of each class.
+        seed: random seed of the noise.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -49,14 +49,14 @@ class DrawSamples(Periodic):
         self.rows = rows
         self.seed = seed
         self.folder: Path | None = None
-        self._filmed: str | None = None  # the name of the pictures that make the film
+        self._filmed: str | None = None  # the name of the pictures in the animation
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Learn the run's folder, which the processes agree on together: later, only one of them would ask."""
+        """Get the run's folder now, because all processes must ask together; later only one process draws."""
         self.folder = folder_of(trainer)
 
     def act(self, trainer: Trainer, module: FlowMatching) -> None:
-        """Draw now, log the pictures, and write the files."""
+        """Draw samples, log the pictures, and write the files."""
         if not trainer.is_global_zero:
             return
         problem = trainer.datamodule.problem  # type: ignore[attr-defined]
@@ -75,21 +75,21 @@ class DrawSamples(Periodic):
             log_picture(trainer, f"samples/{name}", picture, last_step(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the film, of the pictures of earlier parts of the run too."""
+        """Write the animation. It also shows the pictures from before the run was resumed."""
         if self.folder is not None and self._filmed is not None and trainer.is_global_zero:
             pictures = sorted((self.folder / "samples").glob(f"{self._filmed}-*.png"))
-            if pictures:  # somebody may have removed them
+            if pictures:  # a user may have removed them
                 save_film(pictures, self.folder / "samples" / FILM)
 
 
 class WriteSamples(BasePredictionWriter):
-    """Writes what `predict` drew, arrays as `predictions.npz` and pictures beside them, in the run's folder."""
+    """Writes the samples of `predict` to the run's folder: arrays as `predictions.npz`, and pictures next to it."""
 
     def __init__(self) -> None:
         super().__init__(write_interval="epoch")
 
     def write_on_epoch_end(self, trainer: Trainer, pl_module: LightningModule, predictions: Any, batch_indices: Any) -> None:
-        """Gather the shares of all processes, and write them in the order of the data."""
+        """Gather the samples of all processes, and write them in the order of the data."""
         shares = gather(trainer, predictions)
         folder = folder_of(trainer) or Path()
         if not trainer.is_global_zero:

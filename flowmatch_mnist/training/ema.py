@@ -1,4 +1,4 @@
-"""Averaged weights: what is validated, sampled, and kept in checkpoints."""
+"""Averaged weights: validation, sampling and checkpoints use them."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,13 +16,13 @@ from flowmatch_mnist.training.module import FlowMatching
 
 
 class EMA(WeightAveraging):
-    """An exponential moving average of the weights, used for validation, for sampling, and in checkpoints.
+    """An exponential moving average (EMA) of the weights, used for validation, for sampling, and in checkpoints.
 
-    The decay warms up as min(decay, (1 + n) / (10 + n)) over the steps n: a fixed decay of 0.999 would keep the random
-    weights of the start in the average for thousands of steps.
+    The decay warms up: in step n it is min(decay, (1 + n) / (10 + n)). A fixed decay of 0.999 would keep the random initial
+    weights in the average for thousands of steps.
 
     Args:
-        decay: how much of the average each step keeps, once warmed up, in [0, 1).
+        decay: the fraction of the average that each step keeps after the warm-up, in [0, 1).
 
     Raises:
         ValueError: if `decay` is out of its range.
@@ -32,17 +32,17 @@ class EMA(WeightAveraging):
         if not 0 <= decay < 1:
             raise ValueError(f"the decay of EMA must lie in [0, 1), got {decay}")
         self.decay = decay
-        self._step = 0  # in which the average was last updated; 0 is never
+        self._step = 0  # the step of the last update; 0 means never
         super().__init__()
 
     @torch.no_grad()
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Update the average after every optimizer step, the first time to the weights themselves.
+        """Update the average after every optimizer step. The first update copies the weights.
 
-        Buffers are averaged too, such as the statistics of batch normalisation; whole numbers among them are copied. PyTorch's
-        own update reads its count of updates from the device, for which a GPU would be waited for.
+        Buffers are averaged too, such as the statistics of batch normalisation; integers are copied. PyTorch's own update is
+        not used: it reads its count of updates from the device, so the host would wait for a GPU.
         """
         average = average_of(self)
         if average is None or trainer.global_step == self._step:
@@ -58,29 +58,29 @@ class EMA(WeightAveraging):
         self._step = trainer.global_step
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing: the average is updated by steps."""
+        """Do nothing, because the average is updated after each step."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The step in which the average was last updated."""
+        """Return the step of the last update."""
         return {"latest_update_step": self._step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from that step."""
+        """Restore the step of the last update."""
         self._step = state_dict["latest_update_step"]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restore the average where a run goes on; elsewhere the module's own weights, as saved, are the average."""
+        """Restore the average if training resumes. Otherwise the saved weights of the module already are the average."""
         if average_of(self) is not None:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
 
 def tensors(module: LightningModule) -> Iterator[Tensor]:
-    """Its parameters and buffers."""
+    """Return the parameters and buffers of a module."""
     return chain(module.parameters(), module.buffers())
 
 
 def averaged_flow(trainer: Trainer, module: FlowMatching) -> Flow:
-    """The module's flow with the averaged weights, or as it is where nothing is averaged."""
+    """Return the module's flow with the averaged weights, or with its own weights if there is no average."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
         if isinstance(callback, EMA) and isinstance(average := average_of(callback), FlowMatching):

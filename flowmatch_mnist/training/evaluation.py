@@ -1,4 +1,4 @@
-"""Quality, watched: samples are drawn and scored beside real data, now and then while training, and thoroughly after it."""
+"""The quality of samples, compared with real data: a quick measurement during training, and a thorough one after it."""
 
 import time
 from collections.abc import Sequence
@@ -25,32 +25,34 @@ from flowmatch_mnist.training.steps import last_step
 from flowmatch_mnist.training.tensorboard import log_curve, log_scalars
 
 QUALITY = "quality"
-"""What the names of all figures begin with."""
+"""The tags of all figures begin with this word."""
 
 
 def told(estimate: Estimate) -> dict[str, float]:
-    """A figure and its error, as a file holds them."""
+    """Return a figure and its standard error in the form that files use."""
     return {"value": round(estimate.value, 6), "error": round(estimate.error, 6)}
 
 
 class Evaluate(Periodic):
-    """Measures samples drawn with the averaged weights, so that quality is watched, and not the loss alone.
+    """Measures samples that are drawn with the averaged weights, because the loss alone does not show their quality.
 
-    While training it measures a few, into the loggers, and into Lightning's metrics, so that `--checkpoint.monitor`, early
-    stopping and others can go by them. In `validate` and `test` it measures many: prints a table, and writes
-    `metrics.json` beside the checkpoint; then a few again by other numbers of steps, as curves over the evaluations into
-    TensorBoard too. What is measured is for the problem to say. Samples have the labels of the real data that they are measured
-    beside, in the same proportions. Each process draws a share of the samples, the same samples whatever the number of
-    processes; one of them measures all.
+    During training it measures `samples` samples. The figures go to the loggers and into Lightning's metrics, where
+    `--checkpoint.monitor`, early stopping and other callbacks can use them. In `validate` and `test` it measures `test_samples`
+    samples, prints a table, and writes `metrics.json` next to the checkpoint. It also measures `samples` samples for each
+    number of steps. These figures go into `metrics.json` and, as curves over the network evaluations, into TensorBoard.
+
+    The problem decides what is measured. The samples have the labels of the real data that they are compared with, in the same
+    proportions. Each process draws a share of the samples, and one process measures all of them. The samples do not depend on
+    the number of processes.
 
     Args:
-        every_n_epochs: how often to measure while training, in epochs; 0 is never.
-        every_n_steps: how often to measure while training, in optimizer steps; 0 is never.
-        at_steps: further steps at which to measure.
-        samples: how many are drawn while training.
-        test_samples: how many are drawn in `validate` and `test`.
-        steps: of the sampler, by which `validate` and `test` measure `samples` more each.
-        seed: of the noise.
+        every_n_epochs: number of epochs from one measurement to the next during training; 0 means never.
+        every_n_steps: number of optimizer steps from one measurement to the next during training; 0 means never.
+        at_steps: additional steps at which to measure.
+        samples: number of samples for each measurement during training.
+        test_samples: number of samples in `validate` and `test`.
+        steps: numbers of sampler steps. For each of them, `validate` and `test` draw and measure `samples` more samples.
+        seed: random seed of the noise.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -79,32 +81,32 @@ class Evaluate(Periodic):
         self._figures: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """When it measured last, and what."""
+        """Return the step and the figures of the last measurement."""
         return {**super().state_dict(), "figures": self._figures}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore both."""
+        """Restore the step and the figures of the last measurement."""
         super().load_state_dict(state_dict)
         self._figures = state_dict.get("figures", {})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Those that go by the figures find the last ones where a run resumes."""
+        """Publish the last figures, because other callbacks of a resumed run may need them."""
         self._tell(trainer)
 
     def _tell(self, trainer: Trainer) -> None:
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in self._figures.items()})
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure in `validate`."""
+        """Measure samples in `validate`."""
         if trainer.state.fn == "validate":
             self.report(trainer, cast(FlowMatching, pl_module), "val")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure in `test`."""
+        """Measure samples in `test`."""
         self.report(trainer, cast(FlowMatching, pl_module), "test")
 
     def act(self, trainer: Trainer, module: FlowMatching) -> None:
-        """Measure a few samples beside the validation data, log the measurements and print the most telling."""
+        """Compare a few samples with the validation data, log all figures and print the main ones."""
         samples = self.sample(trainer, module, module.sampler, "val", self.samples)
         if trainer.is_global_zero:
             measurements = self.measure(trainer, module, samples, "val")
@@ -113,11 +115,11 @@ class Evaluate(Periodic):
             log_scalars(trainer, self._figures | errors, last_step(trainer))
             words = [f"{m.title} {m.score}" for m in measurements if m.main]
             print(f"step {trainer.global_step}: {len(samples.labels)} samples, {', '.join(words[:4])}", flush=True)
-        self._figures = trainer.strategy.broadcast(self._figures)  # in all processes, so that they decide alike
+        self._figures = trainer.strategy.broadcast(self._figures)  # all processes must make the same decisions
         self._tell(trainer)
 
     def report(self, trainer: Trainer, module: FlowMatching, split: Literal["val", "test"]) -> None:
-        """Measure many samples beside the split, print the table and write the file."""
+        """Compare many samples with the split, print the table and write the file."""
         started = time.perf_counter()
         samples = self.sample(trainer, module, module.sampler, split, self.test_samples)
         drawn = time.perf_counter()
@@ -130,12 +132,14 @@ class Evaluate(Periodic):
         loss = trainer.callback_metrics[f"loss/{split}"].item()
         print(
             f"{len(samples.labels):,} samples with the labels of the {split} split, {module.sampler.description()} "
-            f"(NFE {samples.evaluations}), seed {self.seed}; beside that split\n"
+            f"(NFE {samples.evaluations}), seed {self.seed}; compared with that split\n"
             f"{table(measurements)}\n{f'loss/{split}':36}{loss:18.4f}"
         )
         for number, point in enumerate(by_steps):
             scores = ", ".join(f"{title} {Estimate(**figure)}" for title, figure in point["figures"].items())
-            print(f"{'and' if number else f'{self.samples:,} samples'} by {point['evaluations']} evaluations: {scores}")
+            print(
+                f"{'and' if number else f'{self.samples:,} samples'} with {point['evaluations']} network evaluations: {scores}"
+            )
         checkpoint = Path(str(trainer.ckpt_path))
         report = checkpoint.with_name("metrics.json")
         save_json(
@@ -157,9 +161,9 @@ class Evaluate(Periodic):
         print(f"wrote {report} after {seconds['drawing']:.0f} s of drawing and {seconds['measuring']:.0f} s of measuring")
 
     def by_steps(self, trainer: Trainer, module: FlowMatching, split: Literal["val", "test"]) -> list[dict[str, Any]]:
-        """Measure a few samples by each number of steps, and log the headlines as curves over the evaluations."""
+        """Measure a few samples for each number of steps, and log the headlines as curves over the network evaluations."""
         headlines: Sequence[str] = trainer.datamodule.problem.headlines  # type: ignore[attr-defined]
-        if not headlines or module.sampler.solver == "dopri5":  # which chooses its own steps
+        if not headlines or module.sampler.solver == "dopri5":  # dopri5 chooses its own steps
             return []
         points: list[dict[str, Any]] = []
         for steps in self.steps:
@@ -174,20 +178,20 @@ class Evaluate(Periodic):
         return points
 
     def measure(self, trainer: Trainer, module: FlowMatching, samples: Samples, split: str) -> list[Measurement]:
-        """The measurements of samples beside the real data of a split, which are looked at once."""
+        """Return the measurements of samples, compared with the real data of a split. The real data are processed once."""
         data: PairsDataModule = trainer.datamodule  # type: ignore[attr-defined]
         if split not in self._scorers:
             self._scorers[split] = data.problem.scorer(data.real(split), data.real("train"), module.device)
         return self._scorers[split](samples)
 
     def sample(self, trainer: Trainer, module: FlowMatching, sampler: Sampler, split: str, count: int) -> Samples:
-        """Draw `count` samples, labelled as a split is, a share in each process, and bring them together in every process."""
+        """Draw `count` samples with the labels of a split. Each process draws a share, and every process returns all."""
         rank, ranks = trainer.global_rank, trainer.world_size
         labels = labels_like(trainer.datamodule.real(split)[1], count)  # type: ignore[attr-defined]
         noise = draw_noise(count, module.net.shape, streams.generator("cpu", self.seed, "sampling"))
         numbers = torch.arange(rank, count, ranks)
         bar = trainer.progress_bar_callback
-        # The bar that Lightning shows is the only one the terminal can show at a time.
+        # The terminal can show only one live display at a time, so this uses Lightning's.
         progress = bar.progress if isinstance(bar, RichProgressBar) and bar.is_enabled else None
         task = progress.add_task("Drawing", total=len(numbers)) if progress else None
         share = generate(

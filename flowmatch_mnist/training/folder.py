@@ -1,4 +1,4 @@
-"""A run's folder `<root>/<name>/version_<n>`: one run claims it before it writes, and one run at a time trains in it."""
+"""A run's folder `<root>/<name>/version_<n>`. A run claims it before it writes, and only one run at a time trains in it."""
 
 import errno
 import re
@@ -13,18 +13,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from flowmatch_mnist.support.errors import UserError
 
 FORBIDDEN = re.compile(r'[/\\:*?"<>|\x00-\x1f]|^\.|[. ]$|^$')
-"""What makes a text no name of a folder, on one system or another."""
+"""Matches a text that at least one operating system refuses as the name of a folder."""
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
-"""How a file system says that it has no locks."""
+"""The errors of file systems that have no locks."""
 
 
 class RunFolder(Callback):
-    """Tells all processes where the run's folder is, whatever the logger.
+    """Gives all processes the path of the run's folder. It works with every logger.
 
     Args:
-        path: the folder; None for a run that keeps nothing. The first process decides.
-        lock: that holds the folder; it is released when the run has ended.
+        path: the folder; None for a run that keeps nothing. All processes use the first process's value.
+        lock: the lock of the folder; it is released when the run ends.
     """
 
     def __init__(self, path: Path | None, lock: FileLock | None = None) -> None:
@@ -32,23 +32,23 @@ class RunFolder(Callback):
         self.lock = lock
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Agree on the folder with the other processes."""
+        """Use the folder of the first process."""
         self.path = trainer.strategy.broadcast(self.path)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the folder to other runs."""
+        """Release the folder, so other runs can use it."""
         if self.lock is not None:
             self.lock.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The same."""
+        """Release the folder after an error too."""
         self.teardown(trainer, pl_module, "fit")
 
 
 def folder_of(trainer: Trainer) -> Path | None:
-    """The run's folder, in every process, once callbacks are set up; None if nothing is to be kept.
+    """Return the run's folder, in every process, or None if the run keeps nothing. Call this after the setup of `RunFolder`.
 
-    Without a `RunFolder`, as in a program of one's own, it is the trainer's `log_dir`. All processes must ask together.
+    Without a `RunFolder`, as in your own program, it is the trainer's `log_dir`. All processes must call this together.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
@@ -58,13 +58,13 @@ def folder_of(trainer: Trainer) -> Path | None:
 
 
 def check_name(name: str) -> None:
-    """Raise UserError for what cannot be the name of a folder."""
+    """Raise UserError if a name cannot be the name of a folder."""
     if FORBIDDEN.search(name):
         raise UserError(f'--name {name!r} cannot be the name of a folder; leave out / \\ : * ? " < > | and dots at its ends')
 
 
 def claim(parent: Path) -> Path:
-    """Make the next `version_<n>` in a folder. However many do so at once, each gets one of its own."""
+    """Create the next `version_<n>` in a folder. If several processes do so at once, each gets its own."""
     parent.mkdir(parents=True, exist_ok=True)
     numbers = [int(found[1]) for path in parent.iterdir() if (found := re.fullmatch(r"version_(\d+)", path.name))]
     for number in count(max(numbers, default=-1) + 1):
@@ -76,17 +76,17 @@ def claim(parent: Path) -> Path:
 
 
 def hold(folder: Path) -> FileLock:
-    """Let no other process train in a folder, until this one ends, however it ends, or the lock is released.
+    """Return a lock on a folder, so no other process trains there. The lock ends with its release, or with this process.
 
     Raises:
-        UserError: if another process trains there.
+        UserError: if another process trains in the folder.
     """
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
         raise UserError(
-            f"another run trains in {folder}; wait for its end, or name a checkpoint by its path, which starts a new folder"
+            f"another run trains in {folder}; wait until it ends, or give a checkpoint's path, which starts in a new folder"
         ) from error
     except NotImplementedError:
         pass
@@ -98,7 +98,7 @@ def hold(folder: Path) -> FileLock:
 
 @contextmanager
 def unless_it_fails(folder: Path | None, lock: FileLock | None) -> Iterator[None]:
-    """Leave a folder to other runs if an error comes before the run begins; remove it if nothing is in it."""
+    """Release a folder if an error comes before the run begins, and remove the folder if it is empty."""
     try:
         yield
     except BaseException:

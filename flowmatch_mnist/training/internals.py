@@ -1,7 +1,8 @@
-"""The fence: every private attribute of Lightning and PyTorch that this project uses, one function each.
+"""The uses of private attributes of Lightning and PyTorch: one function for each, and none elsewhere in the project.
 
-An upgrade that breaks the project breaks it here: `tests/test_internals.py` calls each function, and names the one that fails.
-Each says why no public way serves. All were tried with Lightning 2.6.1, 2.6.5 and 2.6.6, and with PyTorch 2.14.
+If an upgrade breaks the project, it breaks one of these functions: `tests/test_internals.py` calls each, and names the one that
+fails. Each docstring says why no public attribute is enough. All were tested with Lightning 2.6.1, 2.6.5 and 2.6.6, and with
+PyTorch 2.14.
 """
 
 import signal
@@ -15,28 +16,29 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch.optim import Optimizer
 
 Handler = Callable[[int, FrameType | None], None]
-"""Handles a signal."""
+"""A function that handles a signal."""
 
 
 def average_of(callback: WeightAveraging) -> LightningModule | None:
-    """The averaged copy of the module, once a fit has begun. The callback hands it to nobody."""
+    """Return the averaged copy of the module, or None before a fit has begun. No public attribute gives it."""
     average = callback._average_model
     return None if average is None else cast(LightningModule, average.module)
 
 
 def unscale_before_clipping(optimizer: Optimizer) -> None:
-    """Have the gradients of fp16 unscaled before their norm is taken.
+    """Make Lightning unscale the gradients of fp16 before their norm is computed.
 
     A fused optimizer offers to unscale them in its step. Then Lightning refuses to clip, even in bf16, which scales nothing.
-    The offer can only be taken back by this attribute.
+    Only this attribute can withdraw the offer.
     """
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
 
 
 def validation_follows(trainer: Trainer) -> bool:
-    """Whether validation is due after the batch that ends now. Public figures tell it only by repeating Lightning's own rules.
+    """Return whether validation is due after the current batch.
 
-    A run that is asked to stop is validated by Lightning in any case; that does not count here.
+    Public attributes are not enough, unless one repeats Lightning's own rules. Lightning always validates a run that was asked
+    to stop; that validation does not count here.
     """
     fetcher = trainer.fit_loop._data_fetcher
     assert fetcher is not None
@@ -47,10 +49,10 @@ def validation_follows(trainer: Trainer) -> bool:
 
 
 def begin_next_epoch(trainer: Trainer) -> None:
-    """If a run goes on from a checkpoint of an epoch's end, begin the next epoch.
+    """If a run resumes from a checkpoint at the end of an epoch, begin the next epoch.
 
-    Lightning does so itself, but where a run is limited by steps it can go back into the epoch that ended. There the public
-    setter of `restarting` takes no False.
+    Lightning does so itself, but if a run is limited by steps, it can go back into the epoch that ended. In that case, the
+    public setter of `restarting` does not accept False.
     """
     loop = trainer.fit_loop
     if loop.restarted_on_epoch_end:
@@ -60,18 +62,18 @@ def begin_next_epoch(trainer: Trainer) -> None:
 
 
 def on_sigterm(trainer: Trainer, handler: Handler) -> None:
-    """Put a handler in the place of Lightning's, which waits for all other processes there and then.
+    """Replace Lightning's handler of SIGTERM, which would immediately wait for all other processes.
 
-    Lightning sets its own as the fit begins, and asks nobody before.
+    Lightning installs its own handler when the fit begins, and has no public setting for another.
     """
     trainer._signal_connector._sigterm_notifier_fn = handler  # type: ignore[assignment]
 
 
 def take_over_requeueing(trainer: Trainer) -> signal.Signals | None:
-    """The signal by which SLURM says that the job must end and start anew, if it does; Lightning will not act on it.
+    """Return the signal by which SLURM says that the job must end and start again, or None. Keep Lightning from acting on it.
 
-    Lightning would save in the middle of a step, and into a folder that other runs share. A strategy of one device has no
-    public `cluster_environment`, and what SLURM's variables say can be overruled by a plugin.
+    Lightning would save in the middle of a step, and into a folder that other runs share. A strategy for one device has no
+    public `cluster_environment`. SLURM's environment variables are not enough, because a plugin can overrule them.
     """
     environment: Any = trainer._accelerator_connector.cluster_environment
     if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:

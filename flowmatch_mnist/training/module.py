@@ -1,6 +1,6 @@
-"""The LightningModule: it owns time. The data module brings pairs of noise and data; this draws t, and takes the loss.
+"""The LightningModule: it draws the times t and computes the loss. The data module draws the pairs of noise and data.
 
-The loss itself is in `flow/loss.py`, and needs no Lightning.
+The loss itself is in `flow/loss.py` and does not need Lightning.
 """
 
 import math
@@ -31,21 +31,23 @@ from flowmatch_mnist.training.steps import Decay, is_logged, learning_rate_facto
 from flowmatch_mnist.training.tensorboard import log_scalars
 
 INTERVALS = 5
-"""Into how many equal intervals of t the validation loss is split."""
+"""The number of equal intervals of t in [0, 1]. Validation logs a loss for each of them."""
 
 EXACT = 0.2
-"""Until which t on the linear path, and at equal log-SNR on another, validation also takes the loss against the exact field.
+"""Before this t on the linear path, validation also takes the loss against the exact field.
 
-Later, the exact field of the training digits is no measure of a network: at t = 0.2 it predicts held-out digits as well as a
-good network does, and at t = 0.3 a third worse."""
+On other paths, the limit is the t with the same log-SNR. At later t, this loss does not measure the quality of a network. At
+t = 0.2, the exact field of the training digits predicts held-out digits as well as a good network does, and at t = 0.3 a third
+worse."""
 
 
 def losses_by_time(
     losses: Tensor, t: Tensor, first: float, last: float, intervals: int = INTERVALS
 ) -> Iterator[tuple[str, Tensor, int]]:
-    """Intervals of t from first to last, with the mean, (), of the losses (B,) at the t (B,) inside, and their number.
+    """Yield for each interval of t its name, the mean loss, (), and the number of its samples.
 
-    The t are on the CPU, so that no GPU is waited for.
+    The losses (B,) belong to the times t (B,). The intervals cover t from first to last. The times are on the CPU, so the host
+    does not wait for a GPU.
     """
     for i in range(int(first * intervals), math.ceil(last * intervals)):
         inside = ((t * intervals).long() == i).nonzero().flatten()
@@ -54,27 +56,28 @@ def losses_by_time(
 
 
 class FlowMatching(LightningModule):
-    """Trains a network f(x, t, y) from which follows the velocity dx/dt that carries noise to the data of class y.
+    """Trains a network f(x, t, y). Its output gives the velocity dx/dt, which carries noise to data of class y.
 
     Args:
         net: the network.
-        optimizer: what makes the optimizer from the parameters.
-        warmup_steps: optimizer steps over which the learning rate rises.
-        decay: how the learning rate falls from there to the run's end.
-        sampler: how digits are drawn: by the callbacks, and by `predict`.
-        start: trained weights to begin with, a file or a name of weights in the package; by default they are drawn at random.
-        compile: whether training steps run through `torch.compile`. It takes a minute or so, and pays in longer runs. On a GPU
-            "reduce-overhead" also records the launches, as CUDA graphs.
-        channels_last: whether images and weights are laid out channels last, which makes convolutions on a processor faster.
-        on_non_finite: what to do in a step whose gradients are not all finite: "stop" the run, or "skip" the step.
-        seed: of times, label dropout and the network's own dropout; the command line sets it from `seed_everything`.
-        objective: what is learned, the arguments of `flow.loss.FlowLoss`: path, prediction, times, weighting, loss, ...
+        optimizer: builds the optimizer from the parameters.
+        warmup_steps: number of optimizer steps in which the learning rate rises.
+        decay: how the learning rate falls after the warm-up, until the end of the run.
+        sampler: how the callbacks and `predict` draw samples.
+        start: trained weights for a warm start: a file, or a name of weights in the package. The default is random weights.
+        compile: whether training steps run through `torch.compile`. Compiling takes about a minute; longer runs gain from it.
+            On a GPU, "reduce-overhead" also records the kernel launches as CUDA graphs.
+        channels_last: whether images and weights use the memory format channels last. It makes convolutions on a CPU faster.
+        on_non_finite: what to do if some gradients of a step are not finite: "stop" the run, or "skip" the step.
+        seed: random seed of times, label dropout and the network's own dropout. The command line sets it from
+            `seed_everything`.
+        objective: the arguments of `flow.loss.FlowLoss`, which define the loss: path, prediction, times, weighting, loss, ...
 
     Raises:
-        ValueError: if a number is out of its range, or the network cannot do what is asked of it.
+        ValueError: if a number is out of its range, or the network does not support the objective or the sampler.
     """
 
-    last_loss: Tensor  # of the last training batch, (), on the device
+    last_loss: Tensor  # the loss of the last training batch, (), on the device
 
     def __init__(
         self,
@@ -109,55 +112,56 @@ class FlowMatching(LightningModule):
 
     @property
     def flow(self) -> Flow:
-        """The network, and how to read what it puts out."""
+        """The network, and the meaning of its output."""
         return Flow(self.net, self.objective.path, self.objective.prediction, self.units)
 
     def adopt(self, data: PairsDataModule) -> None:
-        """Take the units of the data.
+        """Use the units of the data.
 
         Raises:
-            UserError: if the network is for other samples, or the path is not one that the pairs can be used with.
+            UserError: if the network expects other shapes or classes, or the pairs cannot be used with the path.
         """
         net, problem = self.net, data.problem
         if net.shape != problem.shape or net.no_label != problem.classes:
             raise UserError(
-                f"{type(net).__name__} is for {net.no_label} classes of shape {tuple(net.shape)}, but {type(data).__name__} "
-                f"has {problem.classes} of shape {tuple(problem.shape)}; mend the config"
+                f"{type(net).__name__} is for {net.no_label} classes and samples of shape {tuple(net.shape)}, but "
+                f"{type(data).__name__} has {problem.classes} classes and samples of shape {tuple(problem.shape)}; "
+                "correct the config"
             )
         if data.path not in (None, self.objective.path):
             raise UserError(
-                f"the pairs of {type(data).__name__} are the ends of straight lines; they need the path {data.path}, "
+                f"the pairs of {type(data).__name__} are the ends of straight lines; set --model.path {data.path}, "
                 f"not {self.objective.path}"
             )
         self.units = problem.units
 
     def setup(self, stage: str) -> None:
-        """Learn what the data are, and load the weights to begin with. Those of a checkpoint come later, and overrule them."""
+        """Use the units of the data, and load the weights of a warm start. A checkpoint is loaded later and replaces them."""
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, PairsDataModule):
             self.adopt(data)
         endless = self.trainer.max_steps == -1 and self.trainer.max_epochs == -1
         if stage == "fit" and endless and self.decay != "constant":
             raise UserError(
-                f"a learning rate with {self.decay} decay needs an end; set --trainer.max_epochs or --trainer.max_steps, or "
-                "--model.decay constant"
+                f"a learning rate with {self.decay} decay needs an end of training; set --trainer.max_epochs, "
+                "--trainer.max_steps or --model.decay constant"
             )
         if stage == "fit" and self.start is not None:
             warm_start(self.net, weights_path(self.start))
 
     def on_fit_start(self) -> None:
-        """Load the teacher, if there is one, learn the exact field if it is needed, and compile."""
+        """Load the teacher and the exact field if the objective needs them, and compile the network if asked to."""
         self.objective.prepare(lambda teacher: load_teacher(teacher, self.net, self.device))
         if self.objective.exact_until and not self.know_exact_field():
             raise UserError(
-                "exact_until needs data without dequantization, and noise that knows nothing of them; set --model.exact_until "
-                "0, or --data.dequantize false and --data.coupling independent"
+                "exact_until needs data without dequantization, and noise that is independent of the data; set "
+                "--model.exact_until 0, or --data.dequantize false and --data.coupling independent"
             )
         if self.compiles:
             compile_in_place(self.net, self.device, None if self.compiles is True else self.compiles)
 
     def know_exact_field(self) -> bool:
-        """Hand the field of the training data to the objective, once; whether there is one."""
+        """Give the objective the exact field of the training data, once. Return whether there is such a field."""
         data = getattr(self.trainer, "datamodule", None)
         if self.objective.exact_field is None and isinstance(data, PairsDataModule):
             training_set = data.training_set()
@@ -169,10 +173,10 @@ class FlowMatching(LightningModule):
         """Draw the times, and return the mean loss of the batch."""
         x0, x1, y = batch
         place = place_of(self.trainer)
-        # On the CPU, so that they are the same for every device, and need no kernel there.
+        # The CPU draws them: they are then the same for every device, and the device launches no kernel.
         t = place.share(self.objective.density.sample, len(y), torch.device("cpu"), self.seed, "times")
         t = t.to(self.device, non_blocking=True)
-        # For the network's own dropout. To seed the generators of GPUs that are not there costs a millisecond.
+        # For the network's own dropout. torch.manual_seed takes a millisecond even without a GPU, so CPU runs avoid it.
         seed = torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed
         seed(streams.seed(self.seed, "network", place.step, place.rank))
 
@@ -184,7 +188,7 @@ class FlowMatching(LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the norm of the gradients, before clipping; in a step that is logged, log it, the loss and the learning rate."""
+        """Compute the norm of the gradients before clipping. In a logged step, log the norm, the loss and the learning rate."""
         self._norm = norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         step = self.trainer.global_step + 1
         logged = is_logged(self.trainer, step)
@@ -194,7 +198,7 @@ class FlowMatching(LightningModule):
             loss, size = torch.stack([self.last_loss.float(), norm.float()]).tolist()
             rate = optimizer.param_groups[0]["lr"]
             figures = {"loss/train": loss, "optimizer/gradient_norm": size, "optimizer/learning_rate": rate}
-            # Lightning would hand them to the loggers only after SaveLast: a run killed in between would lose the points.
+            # Lightning would pass them to the loggers only after SaveLast: a run killed in between would lose the points.
             self.log_dict(figures, logger=False)
             log_scalars(self.trainer, {**figures, "epoch": self.current_epoch}, step - 1)
 
@@ -204,14 +208,14 @@ class FlowMatching(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradients as the trainer asks for; by the norm that was just taken."""
+        """Clip the gradients as the trainer asks. To clip by the norm, use the norm that was just computed."""
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self._norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def validation_step(self, batch: Pairs, batch_idx: int) -> None:
-        """Log the loss on fixed noise and times, over all t and by intervals of t."""
+        """Log the loss for fixed noise and fixed times: over all t, and for each interval of t."""
         self._evaluate(batch, batch_idx, "val")
 
     def test_step(self, batch: Pairs, batch_idx: int) -> None:
@@ -221,12 +225,12 @@ class FlowMatching(LightningModule):
     def _evaluate(self, batch: Pairs, batch_idx: int, split: str) -> None:
         x0, x1, y = batch
         if not len(y):
-            return  # the last of the global batches may be too small to give every process a sample
-        # The places of this process's share in the global batch, see data.batches.
+            return  # the last global batch may be too small to give every process a sample
+        # The positions of this process's samples in the global batch, see data.batches.
         positions = torch.arange(len(y)) * self.trainer.world_size + self.global_rank
         first, last = self.objective.density.support
         t = first + (last - first) * fixed_times(batch_idx, positions)  # on the CPU, as in training
-        # Only training goes through compiled code: another batch size, without gradients, would be compiled anew.
+        # Only training uses compiled code: another batch size, without gradients, would be compiled again.
         there = t.to(self.device, non_blocking=True)
         error = self.objective.error(self.net.forward, x0, x1, y, there)
         losses = reduce(error, "squared")
@@ -243,7 +247,7 @@ class FlowMatching(LightningModule):
                 self.log(f"loss_exact/{split} {interval}", mean, batch_size=count, sync_dist=True)
 
     def predict_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Draw samples: noise (B, *shape), labels (B,), and their numbers (B,) -> data in their units (B, ...), labels (B,)."""
+        """Draw samples: noise (B, *shape), labels (B,), sample numbers (B,) -> data in their units (B, ...), labels (B,)."""
         x0, y, numbers = batch
         flow, sampler = self.flow, self.sampler
         fresh_noise = churn_noise(self.seed, numbers.tolist(), self.net.shape, self.device) if sampler.churn else None
@@ -251,17 +255,17 @@ class FlowMatching(LightningModule):
         return flow.units.decode(x1), y
 
     def configure_optimizers(self) -> Any:
-        """The optimizer, with warm-up and decay of its learning rate counted in steps."""
+        """Return the optimizer, and the schedule that warms up and decays its learning rate by steps."""
         optimizer = self.optimizer(self.parameters())
         unscale_before_clipping(optimizer)
 
         def factor(step: int) -> float:
-            # Asked for at the first step, not here: that would load the data before a resumed run has its place in them.
+            # Not read before the first step: reading it loads the data, and a resumed run must first restore its position.
             total_steps = self.trainer.estimated_stepping_batches if step else 1
             return learning_rate_factor(step, self.warmup_steps, total_steps, self.decay)
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say in the checkpoint what its weights are of, so that `sample.py` needs no config."""
+        """Describe the network and the sampler in the checkpoint, because `sample.py` reads no config."""
         checkpoint[KEY] = self.flow.describe(self.sampler)

@@ -1,6 +1,6 @@
-"""Muon for convolutions, AdamW for all else: more learned from each step, which counts where steps are few.
+"""Muon for convolutions, AdamW for all other parameters: each step learns more, which helps when a run has few steps.
 
-Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; the scale of the update from Liu et al.
+Sources: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; for the scale of the update, Liu et al.
 2025, "Muon is Scalable for LLM Training", section 2.2.
 """
 
@@ -14,11 +14,11 @@ from torch.optim import AdamW
 
 
 def orthogonalize(matrices: Sequence[Tensor], iterations: int = 5) -> list[Tensor]:
-    """Push all singular values of each matrix towards 1, by a Newton-Schulz iteration: (rows, columns) each -> same shapes.
+    """Push all singular values of each matrix towards 1 by a Newton-Schulz iteration: (rows, columns) each -> same shapes.
 
-    The quintic's coefficients are Jordan's: after five rounds every singular value that was not tiny lies in about 0.7 to 1.2.
-    Each round multiplies x by a polynomial of x x^T. So the rounds are done on that small square matrix, for many x at once,
-    and x itself is multiplied once, by their product.
+    The coefficients of the quintic polynomial are Jordan's. After five iterations, every singular value that was not tiny lies
+    between about 0.7 and 1.2. Each iteration multiplies x by a polynomial of x x^T. So the iterations work on that small square
+    matrix, for many x at once. At the end, x is multiplied once, by the product of the polynomials.
     """
     wide = [x if x.shape[0] <= x.shape[1] else x.mT for x in matrices]
     results = by_size(wide, iterations) if wide[0].device.type == "cpu" else in_one_batch(wide, iterations)
@@ -26,7 +26,7 @@ def orthogonalize(matrices: Sequence[Tensor], iterations: int = 5) -> list[Tenso
 
 
 def by_size(wide: Sequence[Tensor], iterations: int) -> list[Tensor]:
-    """`orthogonalize` of wide matrices, those with as many rows together: the fewest operations, for a processor."""
+    """Orthogonalize wide matrices, grouped by their number of rows. This needs the fewest operations, so it suits a CPU."""
     sizes: dict[int, list[int]] = defaultdict(list)
     for n, x in enumerate(wide):
         sizes[len(x)].append(n)
@@ -39,7 +39,10 @@ def by_size(wide: Sequence[Tensor], iterations: int) -> list[Tensor]:
 
 
 def in_one_batch(wide: Sequence[Tensor], iterations: int) -> list[Tensor]:
-    """`orthogonalize` of wide matrices, all made one size by zeros, which stay zeros: the fewest launches, for a GPU."""
+    """Orthogonalize wide matrices in one batch, padded with zeros, which stay zero.
+
+    This needs the fewest kernel launches, so it suits a GPU.
+    """
     batch = wide[0].new_zeros(len(wide), max(x.shape[0] for x in wide), max(x.shape[1] for x in wide))
     places = [whole[: x.shape[0], : x.shape[1]] for whole, x in zip(batch, wide, strict=True)]
     for place, x in zip(places, wide, strict=True):
@@ -49,7 +52,7 @@ def in_one_batch(wide: Sequence[Tensor], iterations: int) -> list[Tensor]:
 
 
 def newton_schulz(gram: Tensor, iterations: int) -> Tensor:
-    """What each x is to be multiplied by, from its x x^T: (n, size, size) -> same shape."""
+    """Return the factor that orthogonalizes each x, computed from its x x^T: (n, size, size) -> same shape."""
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     # The squared Frobenius norm of x is the trace of x x^T.
     norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].sqrt() + 1e-7
@@ -62,17 +65,17 @@ def newton_schulz(gram: Tensor, iterations: int) -> Tensor:
 
 
 class Muon(AdamW):
-    """AdamW, but for the weights of convolutions: those move along their orthogonalised momentum.
+    """Muon for the weights of convolutions, which move along their orthogonalised momentum; AdamW for all other parameters.
 
-    A convolution's weight (out, in, height, width) counts as the matrix (out, in height width). Its update is scaled to the
-    size that AdamW's typically has, so that one learning rate and one weight decay serve both.
+    Muon treats a convolution's weight (out, in, height, width) as a matrix (out, in * height * width). It scales the update to
+    the typical size of AdamW's update, so one learning rate and one weight decay work for both.
 
     Args:
-        params: what to optimise.
-        lr: learning rate.
-        betas: of AdamW.
-        weight_decay: decoupled, of both.
-        momentum: of Muon (Nesterov's).
+        params: the parameters to optimise.
+        lr: learning rate of both.
+        betas: AdamW's two decay rates.
+        weight_decay: decoupled weight decay of both.
+        momentum: Muon's momentum (Nesterov's).
     """
 
     def __init__(
@@ -88,7 +91,7 @@ class Muon(AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of both."""
+        """Take one step of Muon and one of AdamW."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -98,7 +101,7 @@ class Muon(AdamW):
             if kernels:
                 self._move(kernels, group["lr"], group["weight_decay"])
             for p in kernels:
-                p.grad = None  # AdamW leaves alone what has no gradient
+                p.grad = None  # AdamW skips parameters without a gradient
         super().step()
         return loss
 
@@ -106,7 +109,7 @@ class Muon(AdamW):
         gradients = [p.grad for p in kernels if p.grad is not None]
         for p in kernels:
             if p not in self.state:
-                # AdamW expects a count of steps in every state that it loads.
+                # AdamW expects a step count in every state that it loads.
                 self.state[p] = {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
             self.state[p]["step"] += 1
         momenta = [self.state[p]["momentum"] for p in kernels]

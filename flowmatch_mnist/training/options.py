@@ -1,39 +1,39 @@
-"""Which of Lightning's options a run takes. All others of `Trainer` are handed on as they are."""
+"""The options of Lightning's `Trainer` that this project restricts. All others are passed on unchanged."""
 
 from typing import Any
 
 from flowmatch_mnist.support.errors import UserError
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-"""The precisions that a network can be trained in."""
+"""The precisions for training a network."""
 
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
-"""Those that keep all weights in each process, as averages and checkpoints need them, and start each as a program."""
+"""The strategies that start each process as a program, with all weights in each, because averages and checkpoints need them."""
 
 ONLY: dict[str, tuple[Any, str]] = {
-    "barebones": (False, "a run here keeps checkpoints and logs; benchmarks/speed.py measures the bare loop"),
-    "enable_checkpointing": (True, "a run keeps last.ckpt and best.ckpt; --trainer.fast_dev_run true keeps nothing"),
-    "enable_autolog_hparams": (True, "the settings of a run are always logged; --trainer.logger false logs nothing"),
-    "model_registry": (None, "checkpoints are files here; copy them to where you want them"),
+    "barebones": (False, "a run keeps checkpoints and logs; use benchmarks/speed.py to measure the bare loop"),
+    "enable_checkpointing": (True, "a run keeps last.ckpt and best.ckpt; use --trainer.fast_dev_run true to keep nothing"),
+    "enable_autolog_hparams": (True, "the settings of a run are always logged; use --trainer.logger false to log nothing"),
+    "model_registry": (None, "checkpoints are files; copy them to the place where you want them"),
     "use_distributed_sampler": (True, "batches are always shared between the processes"),
 }
-"""Options that have one value, and why."""
+"""The options with only one supported value, and the reason."""
 
 
 def check_options(trainer: Any) -> None:
-    """Raise UserError for an option of the trainer, a namespace, that a run cannot have."""
+    """Raise UserError if `trainer`, the namespace of the trainer's options, has a value that is not supported."""
     for name, (value, why) in ONLY.items():
         if trainer.get(name, value) not in (value, None):
             raise UserError(f"--trainer.{name} {str(trainer[name]).lower()} is not supported: {why}")
     if isinstance(trainer.strategy, str) and trainer.strategy not in STRATEGIES:
         raise UserError(
-            f"--trainer.strategy {trainer.strategy} is not supported, since each process keeps all weights and is a program of "
-            f"its own; choose one of {', '.join(STRATEGIES)}"
+            f"--trainer.strategy {trainer.strategy} is not supported, because each process keeps all weights and is a program "
+            f"of its own; choose one of {', '.join(STRATEGIES)}"
         )
 
 
 def as_list(value: Any) -> list[Any]:
-    """One or several, or None, as a list."""
+    """Return a list: of one value, of several values, or empty for None."""
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]

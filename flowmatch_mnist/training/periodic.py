@@ -1,4 +1,4 @@
-"""Callbacks that act every so many epochs or steps, or at certain steps."""
+"""The base class of callbacks that act at regular epochs or steps, or at given steps."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -9,15 +9,15 @@ from flowmatch_mnist.training.module import FlowMatching
 
 
 class Periodic(Callback):
-    """Does something in training every few epochs or optimizer steps, or at certain steps, at most once in a step.
+    """A callback that acts during training: at regular epochs or optimizer steps, or at given steps, at most once per step.
 
     Args:
-        every_n_epochs: how often, in epochs; 0 is never.
-        every_n_steps: how often, in optimizer steps; 0 is never.
-        at_steps: the numbers of further steps, from 1.
+        every_n_epochs: number of epochs from one action to the next; 0 means never.
+        every_n_steps: number of optimizer steps from one action to the next; 0 means never.
+        at_steps: the numbers of additional steps, counted from 1.
 
     Attributes:
-        done_at: the optimizer step in which it acted last; -1 is never.
+        done_at: the optimizer step of the last action; -1 means never.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -34,27 +34,27 @@ class Periodic(Callback):
         self.done_at = -1
 
     def state_dict(self) -> dict[str, Any]:
-        """The step in which it acted last, so that a run that goes on does not act in it again."""
+        """Return the step of the last action, because a resumed run must not act in it again."""
         return {"done_at": self.done_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the step in which it acted last."""
+        """Restore the step of the last action."""
         self.done_at = state_dict["done_at"]
 
     def act(self, trainer: Trainer, module: FlowMatching) -> None:
-        """Do it now, in every process."""
+        """Act now. Every process calls this."""
         raise NotImplementedError
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Act if it is a step for it."""
+        """Act if an action is due at this step."""
         step = trainer.global_step
         if step in self.at_steps or (self.every_n_steps and step % self.every_n_steps == 0):
             self._act_once(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Act if it is an epoch for it. One that a callback has stopped in its middle is not over."""
+        """Act if an action is due after this epoch. An epoch that a callback stopped in the middle does not count."""
         if trainer.should_stop and not trainer.is_last_batch:
             return
         if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:

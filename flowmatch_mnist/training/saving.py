@@ -1,7 +1,7 @@
-"""A run that is stopped at any instant, and goes on, ends where it would have ended: what is kept, and when.
+"""Saving and stopping: a run that is stopped at any moment and resumed ends with the same result as an uninterrupted run.
 
 Data order, noise, times and dropout are functions of the seed and of the place in the run (see `streams`), so a checkpoint
-needs no random state: weights, optimizer, schedule, averages and counters are all there is. This module writes checkpoints
+needs no random state. It holds only weights, optimizer, schedule, averages and counters. This module writes checkpoints
 atomically, at the end of a step: after validation, pictures and measurements.
 """
 
@@ -33,35 +33,35 @@ from flowmatch_mnist.training.stopping import is_stopping, reason, stopped_early
 from flowmatch_mnist.training.tensorboard import flush
 
 REQUEUE = 256
-"""Added to the number of SLURM's signal, so that among processes it counts for more than any other."""
+"""Added to the number of SLURM's signal. The processes agree on the largest number, so SLURM's signal outranks all others."""
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Checkpoints on disk: written whole or not at all, and refused if anything in them has changed."""
+    """Reads and writes checkpoints. It writes a file completely or not at all, and refuses a file that has changed."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write to a temporary name, then rename."""
+        """Write to a temporary file, then rename it."""
         save_checkpoint(Path(path), checkpoint)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read tensors and plain values."""
+        """Read a checkpoint, which holds only tensors and plain values."""
         return load_checkpoint(Path(path))
 
 
 class SaveLast(Checkpoint):
     """Keeps `last.ckpt`, from which the run resumes bit for bit, whatever ended it.
 
-    It is written at each validation and at the end of each epoch, and in between every so many steps or minutes. On SIGTERM
-    or Ctrl-C the step is finished, the checkpoint written, and the process ends with status 128 + signal; a second signal ends
-    it at once. On the signal by which SLURM announces a job's end, SLURM is asked to start the job anew, too. With several
-    processes, those asked agree with the others in a step that is logged.
+    It saves at each validation, at the end of each epoch, and in between after every so many steps or minutes. On SIGTERM or
+    Ctrl-C, it finishes the step and saves, and the process exits with status 128 + signal. A second signal ends the process at
+    once. On the signal by which SLURM announces the end of a job, it also asks SLURM to start the job again. Several processes
+    agree on this in a logged step.
 
     A callback that stops the run, such as `Timer` (`max_time`) or `EarlyStopping`, may do so in the middle of an epoch. Then
-    the step is finished, and no checkpoint counts the epoch as done: a run that resumes sees the rest of its batches.
+    the step is finished, and no checkpoint counts the epoch as done: a resumed run trains on the remaining batches.
 
     Args:
-        every_n_steps: how often to save, in optimizer steps; 0 is never.
-        every_n_minutes: how often to save, in minutes; 0 is never.
+        every_n_steps: number of optimizer steps between two saves; 0 is never.
+        every_n_minutes: number of minutes between two saves; 0 is never.
 
     Raises:
         ValueError: if a number is negative.
@@ -69,7 +69,7 @@ class SaveLast(Checkpoint):
 
     def __init__(self, every_n_steps: int = 0, every_n_minutes: float = 2.0) -> None:
         if every_n_steps < 0 or not every_n_minutes >= 0:
-            raise ValueError("saving needs every_n_steps and every_n_minutes of at least 0")
+            raise ValueError("every_n_steps and every_n_minutes of --saving must be at least 0")
         self.every_n_steps = every_n_steps
         self.every_n_minutes = every_n_minutes
         self.path: Path | None = None
@@ -86,7 +86,7 @@ class SaveLast(Checkpoint):
         self._begun = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Learn where to save, and listen for SLURM's signal."""
+        """Find the folder to save in, and install the handler of SLURM's signal."""
         folder = folder_of(trainer)
         self.path = None if folder is None else folder / "checkpoints" / "last.ckpt"
         self._end = end_together(trainer)
@@ -98,11 +98,11 @@ class SaveLast(Checkpoint):
                 mark(folder)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A run that was stopped early stays stopped: killed after its last checkpoint, it must not go further than alone."""
+        """Stop again if early stopping has already stopped this run: it must not train longer than an uninterrupted run."""
         trainer.should_stop = trainer.should_stop or stopped_early(trainer) is not None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock, clear away what a killed run left half-written, and listen for signals."""
+        """Start the clock, remove incomplete files of a killed run, and install the handlers of signals."""
         self._begun = True
         self._saved_at = time.monotonic()
         self._step = trainer.global_step
@@ -110,7 +110,7 @@ class SaveLast(Checkpoint):
         if trainer.is_global_zero and self.path is not None:
             for leftover in self.path.parent.glob(".*.ckpt"):
                 leftover.unlink()
-        # Lightning puts back, when the run has ended, what was there before.
+        # Lightning restores the previous handlers when the run ends.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._hear)
 
@@ -119,15 +119,15 @@ class SaveLast(Checkpoint):
             self._signal = REQUEUE + number
         elif self._signal in (signal.SIGINT, signal.SIGTERM):
             self._end(number, frame)
-        elif not self._signal:  # after its own signal, SLURM sends others: it waits until the step is over
+        elif not self._signal:  # after its own signal, SLURM sends others: ignore them until the step ends
             self._signal = number
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Between two steps: all that the last one logged has been handed over by now."""
+        """End the process here, between two steps, if it must stop. The loggers now have everything from the last step."""
         self._end_of_step(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Between two epochs, the same."""
+        """End the process here, between two epochs, if it must stop."""
         self._end_of_step(trainer)
 
     def _end_of_step(self, trainer: Trainer) -> None:
@@ -139,20 +139,20 @@ class SaveLast(Checkpoint):
                 print(
                     f"stopped by {signal.Signals(number).name} after step {trainer.global_step}; {kept}{next_step}", flush=True
                 )
-            # Only one process tells how it ended: a launcher would kill the others for it.
+            # Only one process exits with the signal's status, because a launcher that sees such a status kills the others.
             raise SystemExit(128 + number if trainer.is_global_zero else 0)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time to, unless more of this step is to come."""
+        """Save if a save is due, unless this step is not finished yet."""
         self._accumulating = trainer.global_step == self._step
         self._step = trainer.global_step
         self._finish_the_step(trainer)
         if self._accumulating:
             return  # Never save in the middle of gradient accumulation: the checkpoint holds no gradients.
         if is_stopping(trainer) and self._limit_val_batches is None and not validation_follows(trainer):
-            # Lightning would validate now, as the run left alone does not: that could change which checkpoint is best.
+            # Lightning would validate now, but an uninterrupted run would not. This could change the best checkpoint.
             self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
         self._due |= bool(self.every_n_steps) and trainer.global_step % self.every_n_steps == 0
         self._listen(trainer, agree=is_logged(trainer, trainer.global_step))
@@ -160,9 +160,9 @@ class SaveLast(Checkpoint):
             self._save(trainer, pl_module)
 
     def _finish_the_step(self, trainer: Trainer) -> None:
-        """Put off a stop in the middle of gradient accumulation until the step is over.
+        """Delay a stop in the middle of gradient accumulation until the step is finished.
 
-        In the last step of an epoch, put it off to the epoch's end, with its own validation, pictures and figures.
+        In the last step of an epoch, delay it until the end of the epoch, which has its own validation, pictures and figures.
         """
         if self._accumulating or trainer.is_last_batch:
             self._stop_after_step |= trainer.should_stop
@@ -171,7 +171,7 @@ class SaveLast(Checkpoint):
             trainer.should_stop, self._stop_after_step = True, False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, unless the epoch ends here too."""
+        """Save, unless the epoch ends here too or the step is not finished."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._finish_the_step(trainer)
             self._listen(trainer, agree=True)
@@ -180,15 +180,15 @@ class SaveLast(Checkpoint):
                 self._save(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save."""
+        """Save at the end of an epoch."""
         trainer.should_stop, self._stop_after_step = trainer.should_stop or self._stop_after_step, False
         self._listen(trainer, agree=True)
-        # A run stopped after a validation in mid-epoch is saved: from here, Lightning would count that step twice.
+        # A run that stopped after a validation in mid-epoch is saved. If saved here, Lightning would count that step twice.
         if trainer.is_last_batch or trainer.global_step != self._saved_step:
             self._save(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Do not count an epoch as done in whose middle the run stops, as Lightning does; this is so in every checkpoint."""
+        """Do not count an epoch as done if the run stops in its middle. Lightning would. This applies to every checkpoint."""
         progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
         for counts in (progress["current"], progress["total"]):
             if not trainer.is_last_batch and counts["processed"] == counts["started"] > 0:
@@ -196,14 +196,14 @@ class SaveLast(Checkpoint):
                 counts["completed"] = min(counts["completed"], counts["processed"])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the trainer validate again, and forget the job."""
+        """Restore the trainer's validation, and remove the mark of the SLURM job."""
         if self._limit_val_batches is not None:
             trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
         if self._requeue_signal is not None and self.path is not None and trainer.is_global_zero:
             unmark(self.path.parent.parent)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say why a run ended before its limits, or did not begin."""
+        """Print why a run ended before its limits, or did not begin."""
         if not trainer.is_global_zero or (self._begun and not trainer.should_stop):
             return
         if not self._begun:
@@ -213,7 +213,7 @@ class SaveLast(Checkpoint):
             print(f"stopped after step {trainer.global_step}: {reason(trainer)}{kept}", flush=True)
 
     def _listen(self, trainer: Trainer, agree: bool) -> None:
-        """Note whether it is time to save, by the clock, or to stop. Several processes `agree` on it, or leave it for later."""
+        """Note whether to save, by the clock, or to stop. Several processes decide this only together, if `agree` is true."""
         late = bool(self.every_n_minutes) and time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
         wish = self._signal or int(late)
         if trainer.world_size > 1:
@@ -228,22 +228,23 @@ class SaveLast(Checkpoint):
         cast(FlowMatching, module).gradients.require_finite()
         if trainer.fast_dev_run or self.path is None:  # type: ignore[attr-defined]
             return
-        # What was logged before the checkpoint must not be lost with the process: a run that goes on does not log it again.
+        # Write all logs to disk first, because a resumed run does not log the steps before the checkpoint again.
         flush(trainer)
         trainer.save_checkpoint(self.path)
         self._due, self._saved_at, self._saved_step = False, time.monotonic(), trainer.global_step
 
 
 def end_together(trainer: Trainer) -> Handler:
-    """A handler of signals that ends this process, and those it launched, at once, with status 128 + signal.
+    """Return a signal handler that ends this process and those it launched, at once, with status 128 + signal.
 
-    Before training begins there is nothing to keep, but processes that wait for one that is gone would wait for long.
+    Before training begins there is nothing to save. The launched processes end too, because they would wait for a long time
+    for a process that has ended.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
         if trainer.is_global_zero:
-            # Not print, which this may have interrupted.
-            write(2, f"stopped by {signal.Signals(number).name} at once; what was saved before stays\n".encode())
+            # Not `print`, because the signal may have interrupted a `print`.
+            write(2, f"stopped by {signal.Signals(number).name} at once; the files saved before are kept\n".encode())
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(number)
         _exit(128 + number)

@@ -1,4 +1,4 @@
-"""Logging: numbers to every logger, and pictures and texts to those that can take them. The one file that knows TensorBoard."""
+"""Logging: numbers for every logger, pictures and texts for the loggers that accept them. Only this file calls TensorBoard."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,16 +11,16 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 Value = bool | int | float | str
-"""What TensorBoard can sort runs by."""
+"""A value that TensorBoard can sort runs by."""
 
 
 class Board(TensorBoardLogger):
-    """TensorBoard in a folder, without a curve of the epoch, which would stand before all others.
+    """A TensorBoard logger for one folder, without the epoch's curve, which would be the first of all curves.
 
     Args:
-        folder: for the events.
-        at: the step of all scalars, where it is known: validation of a checkpoint would log them at step 0.
-        settings: of TensorBoard's writer.
+        folder: the folder for the event files.
+        at: the step of all scalars, if it is known. Otherwise the validation of a checkpoint would log them at step 0.
+        settings: settings of TensorBoard's writer.
     """
 
     def __init__(self, folder: Path, at: int | None = None, **settings: Any) -> None:
@@ -28,24 +28,24 @@ class Board(TensorBoardLogger):
         self.at = at
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log scalars."""
+        """Log scalars, but not the epoch."""
         step = step if self.at is None else self.at
         super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
 
 
 def boards(trainer: Trainer) -> list[SummaryWriter]:
-    """The writers of the loggers that are TensorBoard's."""
+    """Return the writers of all TensorBoard loggers."""
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def log_scalars(trainer: Trainer, scalars: Mapping[str, float], step: int) -> None:
-    """Log numbers by their tags, to every logger."""
+    """Log numbers with their tags to every logger."""
     for logger in trainer.loggers:
         logger.log_metrics(dict(scalars), step)
 
 
 def log_picture(trainer: Trainer, tag: str, picture: Tensor, step: int) -> None:
-    """Log a picture, uint8 (H, W) or (H, W, 3), to TensorBoard, and to loggers such as W&B's that have a `log_image`."""
+    """Log a picture, uint8 (H, W) or (H, W, 3), to TensorBoard, and to other loggers with a `log_image`, such as W&B."""
     for board in boards(trainer):
         board.add_image(tag, picture if picture.dim() == 3 else picture[..., None], step, dataformats="HWC")
     for logger in trainer.loggers:
@@ -54,7 +54,7 @@ def log_picture(trainer: Trainer, tag: str, picture: Tensor, step: int) -> None:
 
 
 def log_curve(trainer: Trainer, tag: str, points: Mapping[int, float]) -> None:
-    """Log a curve over something else than steps, which other loggers than TensorBoard have no place for."""
+    """Log a curve over a quantity other than the step. Only TensorBoard gets it, because other loggers cannot show it."""
     for board in boards(trainer):
         for x, y in points.items():
             board.add_scalar(tag, y, x)
@@ -63,13 +63,13 @@ def log_curve(trainer: Trainer, tag: str, points: Mapping[int, float]) -> None:
 def log_run(
     trainer: Trainer, texts: Mapping[str, str], settings: dict[str, Value], few: Sequence[str], headlines: Sequence[str]
 ) -> None:
-    """Log what a run is: its settings to every logger; to TensorBoard also texts, and what to look at first.
+    """Log the settings of a run. TensorBoard also gets texts, and a page of the charts to look at first.
 
     Args:
-        trainer: of the run.
-        texts: by their titles, such as the config.
-        settings: what tells this run from others.
-        few: the names of the settings that TensorBoard lists runs by, as far as this run has them.
+        trainer: the run's trainer.
+        texts: texts by their titles, such as the config.
+        settings: the settings that distinguish this run from others; loggers other than TensorBoard get all of them.
+        few: the names of the settings that TensorBoard lists for each run; names that this run lacks are left out.
         headlines: the tags of the figures to look at first.
     """
     for logger in trainer.loggers:
@@ -78,7 +78,7 @@ def log_run(
     for board in boards(trainer):
         for title, text in texts.items():
             board.add_text(title, "".join(f"    {line}\n" for line in text.splitlines()))
-        # Only that these tags are the outcome is written here; their values are the scalars of the same name.
+        # This only marks the tags as results of the run. Their values are the scalars with the same names.
         listed = {name: settings[name] for name in few if name in settings}
         for summary in hparams(listed, dict.fromkeys((*headlines, "loss/val"), 0.0)):
             writer: Any = board.file_writer
@@ -90,7 +90,7 @@ def log_run(
 
 
 def flush(trainer: Trainer) -> None:
-    """Make sure that what was logged so far is on the disk."""
+    """Write everything that was logged so far to the disk."""
     if trainer.is_global_zero:
         for logger in trainer.loggers:
             logger.save()
