@@ -168,7 +168,7 @@ def test_a_file_that_is_not_genuine_is_put_aside_and_named(monkeypatch, tmp_path
     bad.write_bytes(b"bad")
     monkeypatch.setattr(mnist, "SOURCES", {"a friend": put})
     mnist.prepare(tmp_path)
-    assert f"{bad} is not the genuine file (wrong checksum); kept aside as {bad.name}.corrupt" in caplog.text
+    assert f"{bad} is not the genuine file (wrong checksum); renamed to {bad.name}.corrupt" in caplog.text
     assert bad.with_name(f"{bad.name}.corrupt").read_bytes() == b"bad" and not bad.exists()
 
 

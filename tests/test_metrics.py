@@ -203,7 +203,7 @@ def test_each_measurement_has_the_baseline_of_real_data(evaluator, data_dir):
     assert found["near copies"].real.value == pytest.approx(0.01, abs=1e-3)
     right = read_digits(reader("digitnet"), images)[1] == labels
     assert found["label accuracy by digit/7"].samples == share(right[labels == 7])
-    with pytest.raises(UserError, match="10000 samples are more"):
+    with pytest.raises(UserError, match="10000 samples are too many"):
         evaluator.measure(torch.zeros(10_000, 28, 28, dtype=torch.uint8), torch.arange(10_000) % 10)
     with pytest.raises(UserError, match="9 held-out images are too few"):
         Evaluator((images[:9], labels[:9]), (images, labels))

@@ -113,14 +113,14 @@ def test_bad_pairs_are_refused(drawn):
         load_pairs(drawn, (2,), 5)
     pairs, said = load_weights(shard_path(drawn, 1))
     save_weights(shard_path(drawn, 1), pairs, {**said, "seed": "7"})
-    with pytest.raises(UserError, match="not of one drawing"):
+    with pytest.raises(UserError, match="different sets of pairs"):
         load_pairs(drawn, (2,), 10)
     shard_path(drawn, 1).write_bytes(b"truncated")
     with pytest.raises(UserError, match="damaged"):
         load_pairs(drawn, (2,), 10)
     pairs, said = load_weights(shard_path(drawn, 0))
     save_weights(shard_path(drawn, 0), pairs, {**said, "path": "cosine"})
-    with pytest.raises(UserError, match="linear path, but of cosine"):
+    with pytest.raises(UserError, match="linear path, but has pairs of cosine"):
         load_pairs(drawn, (2,), 10)
     with pytest.raises(UserError, match="draw some with"):
         load_pairs(drawn / "nowhere", (2,), 10)

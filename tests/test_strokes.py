@@ -54,8 +54,8 @@ PICTURES = {
     "small": (lambda: seven(height=60, pen=7), "scaled from"),
     "pencil": (lambda: seven(pen=3), "thickened"),
     "in colours": (lambda: seven(mode="RGB", ink=(200, 30, 30), paper=(255, 250, 220)), "inverted"),
-    "transparent": (lambda: on_nothing(0), "laid on white, inverted"),
-    "white on nothing": (lambda: on_nothing(255), "laid on black"),
+    "transparent": (lambda: on_nothing(0), "placed on white, inverted"),
+    "white on nothing": (lambda: on_nothing(255), "placed on black"),
     "photograph": (photograph, "inverted"),
     "telephone": (turned, "inverted"),
     "sixteen bits": (sixteen_bits, "inverted"),
@@ -93,7 +93,7 @@ def test_a_digit_of_mnist_stays_as_it_is(data_dir):
     images = mnist.load(data_dir, "test")[0][:300]
     off = torch.tensor([(prepare(Image.fromarray(image.numpy()))[0].int() - image.int()).abs().max() for image in images])
     assert (off == 0).float().mean() > 0.9, off
-    assert prepare(Image.fromarray(images[0].numpy()))[1] == "taken as it is"
+    assert prepare(Image.fromarray(images[0].numpy()))[1] == "used unchanged"
 
 
 @pytest.mark.parametrize(

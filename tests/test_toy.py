@@ -135,7 +135,7 @@ def test_the_picture_shows_noise_target_samples_and_the_ways_of_some(classes, mo
     labels = torch.arange(400) % classes
     Curve(classes).pictures(Samples(states[-1], labels, 3, states))
     left, right = drawn.pop()
-    assert left.get_title() == "from noise to the curve" and right.get_title() == "the ways there"
+    assert left.get_title() == "from noise to the curve" and right.get_title() == "trajectories"
     assert {text.get_text() for text in left.get_legend().get_texts()} == {"target", "noise", "samples"}
     noise, samples = left.collections
     (ends,) = right.collections

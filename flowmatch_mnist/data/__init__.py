@@ -1,1 +1,1 @@
-"""The data modules, which draw the noise of each batch."""
+"""The data modules. They also draw the noise of each batch."""

@@ -1,7 +1,7 @@
-"""The first lesson: points of the plane that flow from noise onto the curve y = sin x, with or without a prompt.
+"""The first lesson: points in the plane flow from noise onto the curve y = sin x, with or without a prompt.
 
-Everything else is as with digits: the same path, module, solvers and callbacks. Only the data and the network are small enough
-to see through.
+Path, module, solvers and callbacks are the same as for digits. Only the data and the network are different: they are small
+enough to understand completely.
 """
 
 import math
@@ -22,15 +22,15 @@ LENGTH = 4 * math.pi
 
 
 def curve(x: Tensor) -> Tensor:
-    """The points (x, sin x) of the curve: x (N,) in [0, 4 pi] -> (N, 2)."""
+    """Return the points (x, sin x) of the curve: x (N,) in [0, 4 pi] -> (N, 2)."""
     return torch.stack([x, x.sin()], dim=1)
 
 
 class Curve(Problem):
-    """Points of the plane on y = sin x, from 0 to 4 pi.
+    """Points in the plane, on the curve y = sin x with x from 0 to 4 pi.
 
     Args:
-        classes: into how many equal parts, by x, the curve is cut; a label picks the part.
+        classes: number of parts of the curve, equally wide in x; a label selects the part.
     """
 
     shape = (2,)
@@ -42,15 +42,18 @@ class Curve(Problem):
         self.classes = classes
 
     def segment(self, x: Tensor) -> Tensor:
-        """The class whose part of the curve lies over x: (N,) -> int64 (N,)."""
+        """Return the class of the part of the curve at x: (N,) -> int64 (N,)."""
         return (x * self.classes / LENGTH).long().clamp(0, self.classes - 1)
 
     def scorer(self, held_out: Labelled, training: Labelled, device: torch.device) -> Scorer:
-        """What measures the distance to the curve itself; it has no need of data."""
+        """Return a function that measures the distance to the curve. It needs no data."""
         return self.measure
 
     def measure(self, samples: Samples) -> list[Measurement]:
-        """Mean distance to the curve, and the fraction of points whose nearest point of the curve is on their segment."""
+        """Return the mean distance to the curve, and the share of points that are nearest to their own segment.
+
+        The share exists only with several classes.
+        """
         x = torch.linspace(0, LENGTH, 4001)
         distance, nearest = torch.cdist(samples.values, curve(x)).min(dim=1)
         measurements = [Measurement("distance to the curve", mean(distance), real=Estimate(0.0, 0.0))]
@@ -60,15 +63,15 @@ class Curve(Problem):
         return measurements
 
     def pictures(self, samples: Samples) -> dict[str, Tensor]:
-        """Noise, target and samples on the left; on the right the trajectories of some of the points."""
-        # Imported where it is used: it takes a while, and training digits has no need of it.
+        """Return a picture with noise, target and samples on the left, and some trajectories on the right."""
+        # Imported here because the import of matplotlib is slow, and training on digits does not need it.
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
 
         colours = samples.labels.numpy() if self.classes > 1 else "tab:blue"
         styles = {"c": colours, "cmap": "tab10" if self.classes > 1 else None, "s": 4}
-        # The axes keep their shape, and would push their titles out.
+        # The axes have a fixed aspect ratio. Without the padding, their titles would leave the figure.
         figure = Figure(figsize=(12, 4), dpi=100, layout=ConstrainedLayoutEngine(h_pad=0.1))
         canvas = FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2, sharex=True, sharey=True)
@@ -84,27 +87,27 @@ class Curve(Problem):
         left.scatter(*samples.values.T.numpy(), label="samples", **styles)
         right.scatter(*samples.values.T.numpy(), **styles)
         left.set_title("from noise to the curve")
-        right.set_title("the ways there")
+        right.set_title("trajectories")
         left.legend(loc="lower left")
         canvas.draw()
         return {"curve": torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy())}
 
 
 class CurveDataModule(PairsDataModule):
-    """Points spread evenly, by x, over y = sin x from 0 to 4 pi.
+    """Points on the curve y = sin x, with x drawn uniformly from 0 to 4 pi.
 
     Args:
-        prompted: whether a label 0 to 9 picks one tenth of the curve; otherwise there is one class, the whole.
-        samples: how many points to train on; a tenth as many are held out for validation, and for test.
-        batch_size: points per step and process.
-        eval_batch_size: points per step of validation and test, shared between the processes.
-        predict_per_class: how many points of each class `predict` draws.
-        coupling: which noise of a batch is paired with which of its points; see `couplings`.
-        seed: of the noise and of the data order; the command line sets it from `seed_everything`.
-        num_workers: processes that cut training batches ahead of time; for data in memory, 0 is fastest.
+        prompted: whether a label 0 to 9 selects one tenth of the curve; otherwise the whole curve is one class.
+        samples: number of training points; validation and test have one tenth as many points each.
+        batch_size: number of points per step and process.
+        eval_batch_size: number of points per step of validation and test, divided among the processes.
+        predict_per_class: number of points of each class that `predict` draws.
+        coupling: how the noise and the points of a batch are paired; see `couplings`.
+        seed: random seed of the noise and the data order; the command line sets it from `seed_everything`.
+        num_workers: number of worker processes that cut training batches in advance; for data in memory, 0 is fastest.
 
     Raises:
-        ValueError: if a number is out of its range.
+        ValueError: if a number is out of range.
     """
 
     def __init__(
@@ -121,11 +124,11 @@ class CurveDataModule(PairsDataModule):
         self.curve = Curve(10 if prompted else 1)
         super().__init__(self.curve, batch_size, eval_batch_size, predict_per_class, coupling, seed, num_workers)
         if samples < max(10, batch_size):
-            raise ValueError(f"samples must be at least 10 and the batch size of {batch_size}, got {samples}")
+            raise ValueError(f"samples must be at least 10 and at least the batch size, {batch_size}; got {samples}")
         self.samples = samples
 
     def setup(self, stage: str) -> None:
-        """Draw the points, the same in every run."""
+        """Draw the points. They are the same in every run."""
         for split, count in (("train", self.samples), ("val", self.samples // 10), ("test", self.samples // 10)):
             x = LENGTH * torch.rand(count, generator=streams.generator("cpu", "curve", split))
             points = (curve(x), self.curve.segment(x))

@@ -1,4 +1,4 @@
-"""The pairs of noise and data: what every data module yields, and where the noise of each batch is drawn."""
+"""Pairs of noise and data. Every data module yields such pairs. The noise of each batch is drawn here."""
 
 from itertools import count
 from typing import Any
@@ -19,37 +19,37 @@ Pairs = tuple[Tensor, Tensor, Tensor]
 
 
 def place_of(trainer: Trainer) -> streams.Place:
-    """The place of the batch that the trainer is at, the same from its transfer to the device to the end of its step.
+    """Return the place of the trainer's current batch. It is the same from the transfer to the device to the end of the step.
 
-    With gradient accumulation it counts batches where `trainer.global_step` counts optimizer steps, so that no two batches
-    share a key.
+    It counts batches, so no two batches share a key. `trainer.global_step` counts optimizer steps: with gradient accumulation,
+    several batches would share a key.
     """
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress
     return streams.Place(progress.total.processed, trainer.global_rank, trainer.world_size)
 
 
 class PairsDataModule(LightningDataModule):
-    """Yields the pairs (x0, x1, y) of noise and data.
+    """A data module that yields pairs (x0, x1, y) of noise and data.
 
-    A subclass says in `setup` what the splits are: "train" is (data, labels), "val" and "test" are (data, labels, fixed noise),
-    and the fixed noise of dequantisation if there is any.
+    A subclass sets `splits` in `setup`: "train" is (data, labels), and "val" and "test" are (data, labels, fixed noise). The
+    fixed noise of dequantisation, if any, comes last.
 
     Args:
-        problem: what the data are.
-        batch_size: training samples per step and process.
-        eval_batch_size: samples per step of validation and test, shared between the processes.
-        predict_per_class: how many samples of each class `predict` draws.
-        coupling: which noise of a batch (of each process's share) is paired with which of its data; see `couplings`.
-        seed: of the noise and of the data order; the command line sets it from `seed_everything`.
-        num_workers: processes that cut training batches ahead of time; for data in memory, 0 is fastest.
+        problem: the description of the data.
+        batch_size: number of training samples per step and process.
+        eval_batch_size: number of samples per step of validation and test, divided among the processes.
+        predict_per_class: number of samples of each class that `predict` draws.
+        coupling: how the noise and the data of a batch (of each process's share) are paired; see `couplings`.
+        seed: random seed of the noise and the data order; the command line sets it from `seed_everything`.
+        num_workers: number of worker processes that cut training batches in advance; for data in memory, 0 is fastest.
 
     Attributes:
         splits: the tensors of "train", "val" and "test", once `setup` has read them.
-        path: the one path from noise to data that the pairs can be used with; None for any.
-        dequantize: whether grey levels get noise, see `pixels.Pixels`.
+        path: the only path from noise to data that fits the pairs; None if every path fits.
+        dequantize: whether grey levels get noise; see `pixels.Pixels`.
 
     Raises:
-        ValueError: if a number is out of its range.
+        ValueError: if a number is out of range.
     """
 
     path: PathName | None = None
@@ -84,18 +84,19 @@ class PairsDataModule(LightningDataModule):
         self._untrained_batches = count()
 
     def encode(self, data: Tensor, u: Tensor | None = None) -> Tensor:
-        """Data as the splits hold them, with dequantisation's noise if any, as the x1 (B, *shape) that the network sees."""
+        """Return the network's x1 (B, *shape) from data in the form of the splits, with dequantisation noise if any."""
         return self.problem.units.encode(data, u)
 
     def real(self, split: str) -> Labelled:
-        """The real data and labels of a split, in their units: what samples are scored beside."""
+        """Return the real data and labels of a split, in their units. Samples are compared with them."""
         data, labels, *_ = self.splits[split]
         return data, labels
 
     def training_set(self) -> tuple[Tensor, Tensor] | None:
-        """The x1 (N, *shape) and labels (N,) that training draws from, each alike likely, whatever the noise: see `flow.exact`.
+        """Return the x1 (N, *shape) and labels (N,) that training draws from; see `flow.exact`.
 
-        None where it is not so: where noise goes with data (a coupling, a teacher's pairs), or data get noise of their own.
+        Each x1 has the same probability, whatever the noise. Return None if this is not true: if noise depends on data (a
+        coupling, a teacher's pairs), or if data get noise of their own.
         """
         if self.path is not None or self.dequantize or self.couple is not independent:
             return None
@@ -103,13 +104,13 @@ class PairsDataModule(LightningDataModule):
         return self.encode(data), labels
 
     def fixed_noise(self, split: str, samples: int) -> Tensor:
-        """The noise of an evaluation, the same in every epoch and run: float32 (samples, *shape)."""
+        """Return the noise of an evaluation, float32 (samples, *shape). It is the same in every epoch and run."""
         return torch.randn(samples, *self.problem.shape, generator=streams.generator("cpu", "fixed noise", split))
 
     def train_dataloader(self) -> Batches:
-        """Batches (data, labels) in an order that is a function of (seed, epoch).
+        """Return batches (data, labels) in an order that is a function of (seed, epoch).
 
-        On a GPU they are cut from data that live there, unless workers cut them: a step then sends nothing to it.
+        Without workers, the data are moved to the device and batches are cut there. So a step sends no data to a GPU.
         """
         rank, world_size = self._place
         tensors = self.splits["train"]
@@ -128,24 +129,24 @@ class PairsDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> Batches:
-        """Batches (data, labels, fixed noise), always in the same order."""
+        """Return batches (data, labels, fixed noise), always in the same order."""
         return self._in_order(*self.splits["val"])
 
     def test_dataloader(self) -> Batches:
-        """Batches (data, labels, fixed noise), always in the same order."""
+        """Return batches (data, labels, fixed noise), always in the same order."""
         return self._in_order(*self.splits["test"])
 
     def predict_dataloader(self) -> Batches:
-        """Batches (noise, labels, numbers): the classes in turn, with the noise that `sample.py` would give them."""
+        """Return batches (noise, labels, sample numbers): the classes in turn, with the same noise as in `sample.py`."""
         labels = torch.arange(self.problem.classes).repeat(self.predict_per_class)
         noise = draw_noise(len(labels), self.problem.shape, streams.generator("cpu", self.seed, "sampling"))
         return self._in_order(noise, labels, torch.arange(len(labels)))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """On the batch's device: encode the data and pair them with noise.
+        """Encode the data and pair them with noise, on the batch's device.
 
-        A training batch gets noise of its own, a function of (seed, step) and of the places of its samples in the global batch;
-        a batch that brings its own keeps it.
+        The noise of a training batch is a function of (seed, step) and of its samples' positions in the global batch. A batch
+        that already has noise keeps it.
         """
         if self.trainer is not None and self.trainer.predicting:
             return batch
@@ -159,7 +160,7 @@ class PairsDataModule(LightningDataModule):
 
     @property
     def _place(self) -> tuple[int, int]:
-        """(rank, number of processes)."""
+        """Return (rank, number of processes)."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _in_order(self, *tensors: Tensor) -> Batches:

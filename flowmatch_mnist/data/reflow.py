@@ -1,9 +1,9 @@
-"""Reflow: train a flow anew on its own pairs of noise and data, which lie at the two ends of one trajectory.
+"""Reflow: train a flow again, on its own pairs of noise and data. A pair is the two ends of one trajectory.
 
-A teacher carries noise to data, and a student is trained on the straight lines between the two, in place of those between data
-and whatever noise came along. Its marginals are the teacher's, and its trajectories are straighter: so few steps do. A student
-may teach the next. Only the training data change; the training is that of every other flow. `python -m flowmatch_mnist.reflow`
-draws the pairs.
+A teacher carries noise to data. A student is trained on the straight lines between the two ends, instead of lines between data
+and random noise. The student has the teacher's marginals and straighter trajectories, so a few steps are enough. A student can
+be the next teacher. Only the training data change; the training is the same as for every other flow.
+`python -m flowmatch_mnist.reflow` draws the pairs.
 
 Source: Liu, Gong and Liu 2022, "Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow",
 sections 2.1 and 2.2 (reflow), and equation 9 (straightness).
@@ -26,21 +26,21 @@ from flowmatch_mnist.support.errors import UserError
 from flowmatch_mnist.support.files import digest, load_weights, save_weights
 
 SHARD = 2500
-"""Pairs in a file."""
+"""Number of pairs in a file."""
 
 LINE: PathName = "linear"
-"""The path that the two of a pair are ends of."""
+"""The path that connects the two ends of a pair."""
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    """The file of the pairs from number x SHARD on."""
+    """Return the path of the file with the pairs from number x SHARD on."""
     return folder / f"pairs_{number:05}.safetensors"
 
 
 def draw_shard(flow: Flow, sampler: Sampler, number: int, seed: int, batch_size: int | None) -> dict[str, Tensor]:
-    """Noise x0 and the data x1 it is carried to, float16 (SHARD, *shape), of the classes y in turn, int64 (SHARD,).
+    """Draw noise x0 and carry it to data x1, float16 (SHARD, *shape), with the classes in turn as labels y, int64 (SHARD,).
 
-    The noise is rounded to float16 before it is carried, so that what is kept is what was carried.
+    The noise is rounded to float16 before it is carried, so the stored noise is exactly the noise that the teacher used.
     """
     numbers = torch.arange(number * SHARD, (number + 1) * SHARD)
     labels = numbers % flow.net.no_label
@@ -59,7 +59,7 @@ def draw_shard(flow: Flow, sampler: Sampler, number: int, seed: int, batch_size:
 
 
 def describe(flow: Flow, sampler: Sampler, seed: int, shards: int) -> dict[str, str]:
-    """What the files of a drawing say of it: the teacher, how it was sampled, the seed, and how many files there are."""
+    """Return the metadata for the files of one set of pairs: path, teacher, sampler, seed and number of files."""
     return {
         "path": LINE,
         "teacher": digest(flow.net.state_dict(), {}),
@@ -72,21 +72,21 @@ def describe(flow: Flow, sampler: Sampler, seed: int, shards: int) -> dict[str, 
 def draw_pairs(
     folder: Path, flow: Flow, sampler: Sampler, count: int, *, seed: int = 0, batch_size: int | None = None
 ) -> tuple[int, int]:
-    """Draw pairs into a folder, as many files as hold `count`. Whole files of the same pairs that are there are kept.
+    """Draw pairs into a folder, in as many files as `count` pairs need. Undamaged files of the same pairs are kept.
 
     Args:
-        folder: where the files go.
+        folder: the folder for the files.
         flow: the teacher.
-        sampler: how it carries the noise; its guidance is in the pairs, and the student needs none.
-        count: of pairs, rounded up to whole files.
-        seed: of the noise.
-        batch_size: how many are carried at a time; by default as suits the device.
+        sampler: how the teacher carries the noise. Its guidance is part of the pairs, so the student needs no guidance.
+        count: number of pairs, rounded up to whole files.
+        seed: random seed of the noise.
+        batch_size: number of pairs that are carried at a time; the default suits the device.
 
     Returns:
-        How many files there are, and how many of them were drawn now.
+        The number of files, and the number of files that this call drew.
 
     Raises:
-        UserError: if the folder holds pairs of another drawing.
+        UserError: if the folder holds pairs from another teacher, sampler, seed or count.
     """
     shards = -(-count // SHARD)
     said = describe(flow, sampler, seed, shards)
@@ -96,10 +96,10 @@ def draw_pairs(
         try:
             there = load_weights(path)[1]
         except UserError:
-            missing.append(number)  # not there, or damaged
+            missing.append(number)  # missing or damaged
             continue
         if there != {**said, "number": str(number)}:
-            raise UserError(f"{path} holds pairs of another teacher, sampler, seed or number; name another --out, or remove it")
+            raise UserError(f"{path} has pairs from another teacher, sampler, seed or count; use another --out, or remove it")
     for number in track(missing, "drawing pairs", console=Console(stderr=True), transient=True):
         shard = draw_shard(flow, sampler, number, seed, batch_size)
         save_weights(shard_path(folder, number), shard, {**said, "number": str(number)})
@@ -107,36 +107,36 @@ def draw_pairs(
 
 
 def load_pairs(folder: Path, shape: tuple[int, ...], classes: int) -> dict[str, Tensor]:
-    """All pairs of a folder: x0, x1 float16 (N, *shape), y int64 (N,).
+    """Load all pairs of a folder: x0, x1 float16 (N, *shape), y int64 (N,).
 
     Args:
-        folder: that `draw_pairs` wrote to.
-        shape: of a sample.
-        classes: that labels may name.
+        folder: a folder that `draw_pairs` has filled.
+        shape: the shape of a sample.
+        classes: the number of classes; labels are smaller.
 
     Raises:
-        UserError: if files are missing, damaged, of another shape or path, or not of one drawing.
+        UserError: if files are missing or damaged, do not fit the shape, classes or path, or belong to different sets.
     """
     first = shard_path(folder, 0)
     if not first.is_file():
         raise UserError(f"no pairs in {folder}; draw some with `python -m flowmatch_mnist.reflow --out {folder}`")
     pairs, said = load_weights(first)
     if said.get("path") != LINE:
-        raise UserError(f"{first} holds no pairs of the {LINE} path, but of {said.get('path')}; draw the pairs again")
+        raise UserError(f"{first} needs pairs of the {LINE} path, but has pairs of {said.get('path')}; draw the pairs again")
     shards = []
     for number in range(int(said["shards"])):
         path = shard_path(folder, number)
         pairs, its_own = load_weights(path) if number else (pairs, said)
         if its_own != {**said, "number": str(number)}:
-            raise UserError(f"{path} is not of one drawing with {first}; draw the pairs again")
+            raise UserError(f"{path} and {first} belong to different sets of pairs; draw the pairs again")
         if not fits(pairs, shape, classes):
-            raise UserError(f"{path} holds no pairs of shape {shape} with labels 0 to {classes - 1}; name another folder")
+            raise UserError(f"{path} has no pairs of shape {shape} with labels 0 to {classes - 1}; use another folder")
         shards.append(pairs)
     return {name: torch.cat([pairs[name] for pairs in shards]) for name in ("x0", "x1", "y")}
 
 
 def fits(pairs: dict[str, Tensor], shape: tuple[int, ...], classes: int) -> bool:
-    """Whether these are pairs of samples of that shape, with labels of so many classes."""
+    """Return whether these are pairs of samples with this shape, with labels from 0 to classes - 1."""
     if set(pairs) != {"x0", "x1", "y"} or pairs["y"].dtype != torch.int64 or pairs["y"].dim() != 1:
         return False
     y = pairs["y"]
@@ -145,17 +145,17 @@ def fits(pairs: dict[str, Tensor], shape: tuple[int, ...], classes: int) -> bool
 
 
 class ReflowDataModule(PairsDataModule):
-    """The pairs of a teacher instead of data and independent noise. Samples are scored beside the real data.
+    """A teacher's pairs, instead of data and independent noise. Samples are compared with the real data.
 
     Args:
         pairs: the folder of the pairs.
         real: the data that the teacher learned from.
-        batch_size: pairs per step and process.
-        val_size: how many pairs are held out, for validation and for test.
-        eval_batch_size: pairs per step of validation and test, shared between the processes.
-        predict_per_class: how many samples of each class `predict` draws.
-        seed: of the order; the command line sets it from `seed_everything`.
-        num_workers: processes that cut training batches ahead of time; for data in memory, 0 is fastest.
+        batch_size: number of pairs per step and process.
+        val_size: number of pairs that are held out; validation and test use the same pairs.
+        eval_batch_size: number of pairs per step of validation and test, divided among the processes.
+        predict_per_class: number of samples of each class that `predict` draws.
+        seed: random seed of the data order; the command line sets it from `seed_everything`.
+        num_workers: number of worker processes that cut training batches in advance; for data in memory, 0 is fastest.
     """
 
     path = LINE
@@ -175,39 +175,41 @@ class ReflowDataModule(PairsDataModule):
         self.folder, self.teachers_data, self.val_size = Path(pairs), real, val_size
 
     def prepare_data(self) -> None:
-        """Fetch what the real data lack."""
+        """Download missing files of the real data."""
         self.teachers_data.prepare_data()
 
     def setup(self, stage: str) -> None:
-        """Read the pairs into memory."""
+        """Read the real data and the pairs into memory."""
         self.teachers_data.setup(stage)
         if stage == "predict" or self.splits:
             return
         pairs = load_pairs(self.folder, self.problem.shape, self.problem.classes)
         everything = (pairs["x1"], pairs["y"], pairs["x0"])
         if not 0 < self.val_size <= len(pairs["y"]) - self.batch_size:
-            raise UserError(f"val_size must leave a batch of the {len(pairs['y']):,} pairs to train on, got {self.val_size}")
-        # As the fixed noise of an evaluation, each one's noise comes with it, and is paired with it.
+            raise UserError(
+                f"val_size must be at least 1 and leave a batch of the {len(pairs['y']):,} pairs, got {self.val_size}"
+            )
+        # The noise of each pair takes the position of an evaluation's fixed noise, so it stays with its data.
         self.splits["train"] = tuple(tensor[self.val_size :] for tensor in everything)
         self.splits["val"] = self.splits["test"] = tuple(tensor[: self.val_size] for tensor in everything)
 
     def encode(self, data: Tensor, u: Tensor | None = None) -> Tensor:
-        """Pairs are kept as the network sees them, but for their precision."""
+        """Return the data as float32. Pairs are stored as the network sees them, except for their precision."""
         return data.float()
 
     def real(self, split: str) -> Labelled:
-        """The real data, not the teacher's."""
+        """Return the real data of a split, not the teacher's."""
         return self.teachers_data.real(split)
 
 
 def straightness(states: Tensor) -> Tensor:
-    """How far trajectories are from straight: the mean square of (x1 - x0) - v over the time, 0 for a straight line.
+    """Return how far trajectories are from straight: the mean square of (x1 - x0) - v over time. A straight line has 0.
 
     Args:
-        states: (steps + 1, N, ...), at times equally far apart, many enough that the differences are the velocity.
+        states: (steps + 1, N, ...), at equally spaced times. Use enough steps, because differences replace the velocity.
 
     Returns:
-        Of each trajectory, the mean over its coordinates: (N,). Liu et al. 2022, equation 9.
+        For each trajectory, the mean over its coordinates: (N,). Source: Liu et al. 2022, equation 9.
     """
     steps = len(states) - 1
     velocity = states.diff(dim=0) * steps

@@ -1,1 +1,1 @@
-"""How near samples are to real data."""
+"""Measures of how close samples are to real data."""

@@ -1,4 +1,4 @@
-"""Does a model draw its training images again?"""
+"""A check for samples that are copies of training images."""
 
 import torch
 from torch import Tensor
@@ -8,19 +8,19 @@ from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.devices import full_float32
 
 AMONG = 1000
-"""Of how many samples, and of how many held-out images, the distances to the training images are taken: that costs most."""
+"""The largest number of samples, and of held-out images, to compare with the training images. This comparison costs most."""
 
 CHUNK = 1000
-"""How many images have their distances taken at a time."""
+"""Number of images in one computation of distances."""
 
 
 class Copies:
-    """Tells copies of training images: by how near images are to the nearest of them, beside how near held-out ones are.
+    """Detects copies of training images. The distance to the nearest training image is compared with that of held-out images.
 
     Args:
         held_out: images uint8 (M, H, W).
         training: images uint8 (N, H, W).
-        device: where to measure.
+        device: the device that computes the distances.
     """
 
     def __init__(self, held_out: Tensor, training: Tensor, device: torch.device | str = "cpu") -> None:
@@ -29,7 +29,10 @@ class Copies:
         self.distances = self._nearest(held_out)
 
     def measure(self, images: Tensor) -> list[Measurement]:
-        """The distance to the nearest training image, and the share that is nearer than one in a hundred held-out ones is."""
+        """Return the median distance to the nearest training image, and the share of near copies.
+
+        A near copy is nearer to a training image than 99% of the held-out images are.
+        """
         distances = self._nearest(images)
         limit = torch.quantile(self.distances, 0.01)
         return [
@@ -39,11 +42,11 @@ class Copies:
 
     @full_float32()
     def _nearest(self, images: Tensor) -> Tensor:
-        """The distance of each of some images to the nearest training image: (at most `AMONG`,), on the CPU."""
+        """Return the distances from random images to their nearest training images: (at most `AMONG`,), on the CPU."""
         order = torch.randperm(len(images), generator=streams.generator("cpu", "near copies"))
         some = self._flat(images[order[:AMONG]])
         return torch.cat([torch.cdist(chunk, self.training).amin(1) for chunk in some.split(CHUNK)]).cpu()
 
     def _flat(self, images: Tensor) -> Tensor:
-        """Images as points whose distance is the root mean square of the pixels' differences, 0 to 1: (N, H W)."""
+        """Return images as points (N, H W). Their distance is the root mean square difference of the pixels, 0 to 1."""
         return images.flatten(1).to(self.device).float() / (255 * images[0].numel() ** 0.5)

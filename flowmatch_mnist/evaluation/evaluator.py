@@ -1,4 +1,4 @@
-"""The evaluator: all that is measured of digits, beside a baseline: real digits, scored in the same way."""
+"""The evaluator: all measures of drawn digits. Each has a baseline: real digits, scored in the same way."""
 
 import json
 import zlib
@@ -15,14 +15,14 @@ from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.errors import UserError
 
 DRAWS = 10
-"""Over how many draws of real training digits the baseline of distances, precision and recall is the mean."""
+"""Number of draws of real training digits. The baseline of Fréchet distance, precision and recall is the mean over them."""
 
 
 def draw_like(labels: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """The numbers of training images with these labels (N,), as many of each digit as in `counts`: (DRAWS, sum of counts).
+    """Draw training images, as many of each digit as in `counts`: labels (N,) -> indices int64 (DRAWS, sum of counts).
 
     Raises:
-        UserError: if there are fewer of a digit.
+        UserError: if there are too few training images of a digit.
     """
     draws = []
     for number in range(DRAWS):
@@ -30,26 +30,26 @@ def draw_like(labels: Tensor, counts: tuple[int, ...]) -> Tensor:
         draws.append(torch.cat([order[labels[order] == digit][:count] for digit, count in enumerate(counts)]))
     if len(draws[0]) < sum(counts):
         raise UserError(
-            f"{sum(counts)} samples are more than there are training images of each digit to compare with; draw fewer"
+            f"{sum(counts)} samples are too many: the training set has fewer images of some digit; draw fewer samples"
         )
     return torch.stack(draws)
 
 
 def counts_of(labels: Tensor) -> tuple[int, ...]:
-    """How many there are of each digit."""
+    """Return the number of labels of each digit: labels (N,) -> 10 counts."""
     return tuple(torch.bincount(labels, minlength=10).tolist())
 
 
 def fingerprint(images: Tensor) -> int:
-    """A number that tells one set of images uint8 (N, 28, 28) from others."""
+    """Return a checksum that distinguishes this set of images uint8 (N, 28, 28) from others."""
     return zlib.crc32(images.cpu().numpy().tobytes())
 
 
 class Sight:
-    """What one classifier sees.
+    """The measures that use one classifier.
 
     Args:
-        net: the classifier, wherever it should read.
+        net: the classifier, on the device where it should run.
         held_out: images uint8 (M, 28, 28) and their labels (M,), to compare with.
     """
 
@@ -62,7 +62,7 @@ class Sight:
         self.manifold = Manifold(features.float())
 
     def baseline(self, images: Tensor, draws: Tensor) -> list[Estimate]:
-        """Fréchet distance, precision and recall of real images, the means over draws of their numbers (draws, N)."""
+        """Return Fréchet distance, precision and recall of real images, as means over draws of indices (draws, N)."""
         read, where = draws.unique(return_inverse=True)
         features, _ = read_digits(self.net, images[read])
         scores = []
@@ -73,7 +73,7 @@ class Sight:
         return [mean(each) for each in torch.tensor(scores).T]
 
     def measure(self, images: Tensor, labels: Tensor, baseline: list[Estimate]) -> tuple[list[Measurement], Tensor]:
-        """The measurements of images, the most telling first, and which of them are read as their labels, (N,)."""
+        """Return the measurements of images, the most important first, and which images are read as their labels, (N,)."""
         features, digits = read_digits(self.net, images)
         right = digits == labels
         precise, recalled = Manifold(features.float()).shared_with(self.manifold)
@@ -87,16 +87,17 @@ class Sight:
 
 
 class Evaluator:
-    """Measures digits beside real ones that were held out, as each of the two classifiers sees them.
+    """Compares drawn digits with held-out real digits, with each of the two classifiers.
 
-    The baseline of distances, precision and recall is the mean over ten draws of real training digits, each of as many of each
-    class as were drawn. For as many as the official test images, beside those, the classifiers' files know it. The baseline of
-    label accuracy and near copies is that of the held-out images.
+    The baseline of Fréchet distance, precision and recall is the mean over ten draws of real training digits. Each draw has as
+    many digits of each class as the samples. The classifiers' files store this baseline for one case: the held-out images are
+    the official test images, and the samples have as many digits of each class. All other baselines come from the held-out
+    images: label accuracy, distance to the nearest training image, and near copies.
 
     Args:
         held_out: images uint8 (M, 28, 28) and their labels (M,), to compare with.
-        training: images uint8 (N, 28, 28) and their labels (N,), that the model was trained on.
-        device: where to measure.
+        training: images uint8 (N, 28, 28) and their labels (N,), on which the model was trained.
+        device: the device that runs the classifiers and computes distances to training images.
 
     Raises:
         UserError: if fewer than 10 images are held out.
@@ -106,7 +107,7 @@ class Evaluator:
         self, held_out: tuple[Tensor, Tensor], training: tuple[Tensor, Tensor], device: torch.device | str = "cpu"
     ) -> None:
         if len(held_out[0]) < 10:
-            raise UserError(f"{len(held_out[0])} held-out images are too few to measure samples beside; raise val_size")
+            raise UserError(f"{len(held_out[0])} held-out images are too few to compare samples with; raise val_size")
         images, self.labels = held_out
         self.training, self.training_labels = training
         self.sights = {name: Sight(reader(name).to(device), held_out) for name in READERS}
@@ -119,10 +120,10 @@ class Evaluator:
             }
 
     def measure(self, images: Tensor, labels: Tensor) -> list[Measurement]:
-        """All measures of digits uint8 (N, 28, 28) drawn for labels int64 (N,), N at least 2.
+        """Return all measurements of digits uint8 (N, 28, 28) that were drawn for labels int64 (N,), N at least 2.
 
         Raises:
-            UserError: if there are fewer training images of a digit than samples.
+            UserError: if a digit has fewer training images than samples.
         """
         counts = counts_of(labels)
         if counts not in self._baselines:
@@ -137,7 +138,7 @@ class Evaluator:
         return [*found, *self._by_digit(labels, right, self.sights[first].right)]
 
     def _by_digit(self, labels: Tensor, right: Tensor, really_right: Tensor) -> Iterator[Measurement]:
-        """The label accuracy of each digit that was drawn."""
+        """Yield the label accuracy of each digit that was drawn."""
         for digit in labels.unique().tolist():
             drawn, real = right[labels == digit], really_right[self.labels == digit]
             if len(real):

@@ -1,4 +1,4 @@
-"""How near drawn digits are to real ones: distances between features of both, as a classifier of `readers` sees them.
+"""Measures of how close drawn digits are to real ones. They compare the features that a classifier of `readers` computes.
 
 Sources: Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule", equation 6 (Fréchet distance); Kynkäänniemi et al.
 2019, "Improved Precision and Recall Metric for Assessing Generative Models", section 3.
@@ -15,18 +15,18 @@ from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.devices import full_float32
 
 CHUNK = 1000
-"""How many points have their distances taken at a time."""
+"""Number of points in one computation of distances."""
 
 RESAMPLES = 20
-"""From how many samples of the samples the error of a Fréchet distance is taken: itself known to a sixth."""
+"""Number of bootstrap resamples for the error of a Fréchet distance. With 20, that error is itself known to about one sixth."""
 
 
 @torch.inference_mode()
 @full_float32()
 def read_digits(net: Reader, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The features, float64 (N, D), of images uint8 (N, 28, 28), and the digits read in them, int64 (N,); both on the CPU.
+    """Return the features, float64 (N, D), of images uint8 (N, 28, 28), and the digits read in them, int64 (N,).
 
-    The net may be anywhere. What is measured on the features is measured on the CPU, where there is float64.
+    Both are on the CPU, because some devices have no float64. The net may be on any device.
     """
     device = net.head.weight.device
     features = torch.cat([net.features(some.to(device)) for some in images.split(default_batch_size(device))])
@@ -34,7 +34,7 @@ def read_digits(net: Reader, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Features(nn.Module):
-    """Stands where torchmetrics expects a network, for features that were taken already."""
+    """An identity module. torchmetrics expects a network here, but the features are already computed."""
 
     num_features = Reader.num_features
 
@@ -43,10 +43,10 @@ class Features(nn.Module):
 
 
 class FrechetDistance:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of the means and covariances of features and of real ones.
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), with the means and covariances of samples' features and real features.
 
     Args:
-        real: features float64 (M, D).
+        real: features of real images, float64 (M, D).
     """
 
     def __init__(self, real: Tensor) -> None:
@@ -54,14 +54,16 @@ class FrechetDistance:
         self._metric.update(real, real=True)
 
     def __call__(self, features: Tensor) -> float:
-        """The distance of features float64 (N, D)."""
+        """Return the distance of features float64 (N, D) from the real features."""
         self._metric.reset()
         self._metric.update(features, real=False)
-        # Of two equal sets it may come out a rounding error below zero.
+        # For two equal sets, rounding errors can make the distance slightly negative.
         return max(0.0, self._metric.compute().item())
 
     def estimate(self, features: Tensor) -> Estimate:
-        """The distance with its error: how far those of as many, drawn anew from the features, scatter.
+        """Return the distance and its standard error: the standard deviation of the distance over resamples.
+
+        Each resample draws as many features, with replacement.
 
         Source: Efron 1979, "Bootstrap Methods: Another Look at the Jackknife".
         """
@@ -72,24 +74,24 @@ class FrechetDistance:
 
 
 class Manifold:
-    """Where a set of points lies: the union of balls around them, each reaching to the third nearest other point.
+    """The region of a set of points: the union of balls around them. Each ball reaches to the third nearest other point.
 
     Args:
-        points: (N, D).
-        neighbours: to which of the nearest a ball reaches.
+        points: the points (N, D).
+        neighbours: the rank of the neighbour that a ball reaches; 3 means the third nearest.
     """
 
     def __init__(self, points: Tensor, neighbours: int = 3) -> None:
         self.points = points
-        # The nearest point is the point itself, which does not count.
+        # The nearest point is the point itself, so the rank is one higher.
         rank = min(neighbours + 1, len(points))
         nearest = [torch.cdist(some, points).topk(rank, largest=False).values for some in points.split(CHUNK)]
         self.radii = torch.cat(nearest)[:, -1]
 
     def shared_with(self, real: "Manifold") -> tuple[Tensor, Tensor]:
-        """Which points lie on the real manifold, (N,), and which real points on this one, (M,).
+        """Return which points lie on the real manifold, (N,), and which real points lie on this one, (M,).
 
-        Their shares are precision and recall.
+        The two shares are precision and recall.
         """
         precise, recalled = [], torch.zeros(len(real.points), dtype=torch.bool)
         for points, radii in zip(self.points.split(CHUNK), self.radii.split(CHUNK), strict=True):

@@ -1,8 +1,8 @@
-"""The evaluator's eyes: two small classifiers of digits, as unlike as two can be.
+"""The evaluator's two small classifiers of digits. Their designs are as different as possible.
 
-The penultimate features of each are a space in which samples are measured. What both spaces say is of the samples, and not of
-the classifier. Neither is part of a model: no run trains against one, averages it, or keeps it in a checkpoint.
-`python -m flowmatch_mnist.digitnet` trains both.
+Samples are measured in the space of each classifier's penultimate features. A result that both spaces show is a property of the
+samples, not of a classifier. Neither classifier is part of a model: no run trains against one, averages it, or keeps it in a
+checkpoint. `python -m flowmatch_mnist.digitnet` trains both.
 """
 
 from collections.abc import Callable
@@ -19,13 +19,13 @@ FOLDER = Path(__file__).parents[1] / "weights"
 
 
 class Reader(nn.Module):
-    """Reads digits: images uint8 (B, 28, 28) -> logits float32 (B, 10).
+    """A classifier of digits: images uint8 (B, 28, 28) -> logits float32 (B, 10).
 
     Args:
-        body: from images float32 (B, 1, 28, 28) in [-1, 1] to features (B, num_features).
+        body: a network from images float32 (B, 1, 28, 28) in [-1, 1] to features (B, num_features).
 
     Attributes:
-        num_features: of the penultimate layer.
+        num_features: the number of features of the penultimate layer.
     """
 
     num_features = 128
@@ -36,7 +36,7 @@ class Reader(nn.Module):
         self.head = nn.Linear(self.num_features, 10)
 
     def features(self, images: Tensor) -> Tensor:
-        """The penultimate features: images uint8 (B, 28, 28) -> float32 (B, num_features)."""
+        """Return the penultimate features: images uint8 (B, 28, 28) -> float32 (B, num_features)."""
         features: Tensor = self.body(PIXELS["linear"].encode(images))
         return features
 
@@ -46,12 +46,12 @@ class Reader(nn.Module):
 
 
 def layer(channels: int, out_channels: int) -> nn.Sequential:
-    """A convolution, normalised and rectified."""
+    """Return a convolution with batch normalisation and ReLU: (B, channels, H, W) -> (B, out_channels, H, W)."""
     return nn.Sequential(nn.Conv2d(channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU())
 
 
 class DigitNet(Reader):
-    """The first: a plain stack of convolutions, normalised over the batch; features that know their place."""
+    """The first classifier: a plain stack of convolutions with batch normalisation. Its features depend on positions."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -62,7 +62,7 @@ class DigitNet(Reader):
                 layer(64, 64),
                 nn.MaxPool2d(2),
                 layer(64, 96),
-                nn.AvgPool2d(3, stride=2),  # 7x7 to 3x3; Apple's GPUs have no adaptive pooling of such sizes
+                nn.AvgPool2d(3, stride=2),  # 7x7 to 3x3; Apple's GPUs have no adaptive pooling for these sizes
                 nn.Flatten(),
                 nn.Linear(96 * 9, self.num_features),
                 nn.ReLU(),
@@ -71,7 +71,7 @@ class DigitNet(Reader):
 
 
 class Residual(nn.Module):
-    """Adds to its input (B, C, H, W) what two convolutions make of it; at first nothing, so that it needs no normalisation.
+    """Adds the output of two convolutions to its input (B, C, H, W). At first it adds 0, so it needs no normalisation.
 
     Source: Bachlechner et al. 2020, "ReZero is All You Need: Fast Convergence at Large Depth", equation 1.
     """
@@ -87,7 +87,10 @@ class Residual(nn.Module):
 
 
 class ResNet(Reader):
-    """The second: strides in place of pooling, residual blocks without normalisation; features averaged over all places."""
+    """The second classifier: strides instead of pooling, residual blocks without normalisation.
+
+    Its features are averaged over all positions.
+    """
 
     def __init__(self) -> None:
         super().__init__(
@@ -107,21 +110,21 @@ class ResNet(Reader):
 
 
 READERS: dict[str, Callable[[], Reader]] = {"digitnet": DigitNet, "resnet": ResNet}
-"""The classifiers by the names of their files."""
+"""The classifiers, by the names of their files."""
 
 
 def weights_of(name: str) -> Path:
-    """Where the weights of a classifier are."""
+    """Return the path of a classifier's weights."""
     return FOLDER / f"{name}.safetensors"
 
 
 def claims(name: str) -> dict[str, str]:
-    """What the file of a classifier says of it: how it was trained, and what real digits get by it."""
+    """Return the metadata in a classifier's file: how it was trained, and the baseline of real digits."""
     return load_weights(weights_of(name))[1]
 
 
 def reader(name: str) -> Reader:
-    """A classifier with the weights in the package, ready to measure with, on the CPU.
+    """Return a classifier with the weights in the package, ready for measurements, on the CPU.
 
     Raises:
         UserError: if the file is missing or damaged.
@@ -131,8 +134,8 @@ def reader(name: str) -> Reader:
         net.load_state_dict(load_weights(path)[0])
     except (UserError, RuntimeError) as error:
         raise UserError(
-            f"cannot read {path}: it is missing or damaged; install the package again, or train the classifier "
+            f"cannot read {path}: the file is missing or damaged; install the package again, or train the classifier "
             f"with `python -m flowmatch_mnist.digitnet --net {name}`"
         ) from error
-    # Channels last, it is twice as fast on a processor.
+    # The channels-last format makes it twice as fast on a CPU.
     return net.to(memory_format=torch.channels_last).eval().requires_grad_(False)

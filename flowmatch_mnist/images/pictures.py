@@ -1,4 +1,4 @@
-"""Digits to look at and to keep: grids, animations and arrays."""
+"""Digits as grids, animations and arrays, in memory and in files."""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -14,17 +14,17 @@ from torch import Tensor
 from flowmatch_mnist.support.files import replacing
 
 BORDER = 1
-"""Pixels of grey around each digit of a grid, before scaling."""
+"""The width of the grey border around each digit of a grid, in pixels before scaling."""
 
 MARK = (255, 120, 0)
-"""The colour of a frame that marks a digit: red, green and blue."""
+"""The colour of the frame around a marked digit: red, green and blue."""
 
 
 def grid(images: Tensor, columns: int, scale: int = 4, marked: Tensor | None = None) -> Tensor:
-    """Lay images in rows of `columns`: uint8 (N, H, W) -> uint8 (rows (H+2) scale, columns (W+2) scale).
+    """Arrange images in rows of `columns`: uint8 (N, H, W) -> uint8 (rows (H+2) scale, columns (W+2) scale).
 
-    Places that N does not fill stay black; each pixel becomes `scale` by `scale` pixels. With `marked`, bool (N,), the picture
-    has colours, (..., 3), and the frames of the marked images are orange.
+    Unused places in the last row stay black. Each pixel becomes `scale` by `scale` pixels. With `marked`, bool (N,), the
+    picture has colours, (..., 3), and the marked images have orange frames.
     """
     rows = -(-len(images) // columns)
     cells = F.pad(images, (0, 0, 0, 0, 0, rows * columns - len(images)))
@@ -44,13 +44,13 @@ def save_png(sheet: Tensor, path: Path) -> None:
 
 
 def as_png(sheet: Tensor) -> bytes:
-    """A picture, uint8 (H, W) or (H, W, 3), as the bytes of a PNG."""
+    """Return the bytes of a PNG file for a picture, uint8 (H, W) or (H, W, 3)."""
     Image.fromarray(sheet.numpy()).save(file := BytesIO(), "PNG")
     return file.getvalue()
 
 
 def save_gif(frames: Tensor, path: Path, milliseconds: int = 80, hold: int = 1200) -> None:
-    """Write grids, uint8 (T, H, W) or (T, H, W, 3), as an endless animation that holds its last frame."""
+    """Write grids, uint8 (T, H, W) or (T, H, W, 3), as an endless animation. Its last frame stays for `hold` milliseconds."""
     first, *rest = (Image.fromarray(frame.numpy()) for frame in frames)
     durations = [milliseconds] * len(rest) + [hold]
     with replacing(path) as temporary:
@@ -58,7 +58,7 @@ def save_gif(frames: Tensor, path: Path, milliseconds: int = 80, hold: int = 120
 
 
 def save_film(pictures: Sequence[Path], path: Path) -> None:
-    """Write an animation of PNG files in the order they are given in: those of the last one's size."""
+    """Write an animation of PNG files in the given order. It leaves out files of another size than the last one."""
     frames = []
     for picture in pictures:
         with Image.open(picture) as opened:
@@ -67,7 +67,7 @@ def save_film(pictures: Sequence[Path], path: Path) -> None:
 
 
 def save_npz(path: Path, **arrays: Tensor) -> None:
-    """Write arrays by their names, such as `images` uint8 (N, H, W) and `labels` int64 (N,), as a compressed NumPy archive."""
+    """Write named arrays, such as `images` uint8 (N, H, W) and `labels` int64 (N,), as a compressed NumPy archive."""
     contents: dict[str, Any] = {name: array.numpy() for name, array in arrays.items()}
     with replacing(path) as temporary:
         np.savez_compressed(temporary, **contents)

@@ -1,9 +1,9 @@
 """Grey levels as real numbers with a density: dequantisation, on a linear or a logit scale.
 
-A density may not be asked at points of which there are only 256: it could be infinite there. So a level v in 0..255 stands
-for the cell [v, v + 1), and gets noise u, uniform in [0, 1). A density of v + u is, averaged over u, a lower bound of the
+A pixel has only 256 grey levels, and a density on 256 points could be infinite there. So a level v in 0..255 stands for the
+cell [v, v + 1), and gets noise u, uniform in [0, 1). The mean over u of the log-density of v + u is a lower bound of the
 level's own log-probability (Theis, van den Oord and Bethge 2016, "A Note on the Evaluation of Generative Models", section
-3.1), so bits per dimension on either scale can be compared.
+3.1). So bits per dimension can be compared between the two scales.
 
 Sources: Uria, Murray and Larochelle 2013, "RNADE", section 4.1 (uniform dequantisation); Dinh et al. 2017, "Density
 Estimation Using Real NVP", section 4.1 (the logit); Papamakarios et al. 2017, "Masked Autoregressive Flow", section 4.3 and
@@ -23,38 +23,38 @@ from flowmatch_mnist.support import streams
 PixelsName = Literal["linear", "logit"]
 
 ROUNDING = 1e-4
-"""In grey levels: what float32 may lose on the way. At u = 0, on the border of two cells, it would decide the level."""
+"""A tolerance for float32's rounding errors, in grey levels. At u = 0, the border of two cells, they would decide the level."""
 
 
 class Pixels:
-    """A scale of the pixels: x1 as a rising function of v + u, a level and its noise.
+    """A scale of the pixels: x1 is an increasing function of v + u, a level plus its noise.
 
-    All take levels uint8 and noise float in [0, 1) of one shape, and compute in the type of the noise.
+    Levels are uint8, and noise is float in [0, 1), both of one shape. The methods compute in the type of the noise.
 
     Attributes:
-        name: of the scale, in configs and files.
+        name: the scale's name in configs and files.
     """
 
     name: PixelsName
 
     def encode(self, images: Tensor, u: Tensor | None = None) -> Tensor:
-        """Images uint8 (B, H, W), each level at u or in the middle of its cell, as the network sees them: (B, 1, H, W)."""
+        """Return images uint8 (B, H, W) as the network's x (B, 1, H, W). Without u, each level is in the middle of its cell."""
         return self.forward(images, 0.5 if u is None else u)[:, None]
 
     def decode(self, x: Tensor) -> Tensor:
-        """The images uint8 (B, H, W) that are nearest to the network's x (B, 1, H, W)."""
+        """Return the images uint8 (B, H, W) that are nearest to the network's x (B, 1, H, W)."""
         return self.inverse(x).flatten(1, 2)
 
     def forward(self, levels: Tensor, u: Tensor | float = 0.5) -> Tensor:
-        """The x1 of each pixel, by default of the middle of its cell: (...) -> (...)."""
+        """Return the x1 of each pixel, by default for the middle of its cell: (...) -> (...)."""
         raise NotImplementedError
 
     def inverse(self, x: Tensor) -> Tensor:
-        """The level in whose cell x lies, the nearest one outside of all: float (...) -> uint8 (...)."""
+        """Return the level of the cell that contains x, or else the nearest level: float (...) -> uint8 (...)."""
         return (self._grey(x) + ROUNDING).floor().clamp(0, 255).to(torch.uint8)
 
     def log_slope(self, levels: Tensor, u: Tensor) -> Tensor:
-        """The log |d x1 / d (v + u)| of each image, summed over its pixels: (N, ...) -> (N,)."""
+        """Return log |d x1 / d (v + u)| of each image, summed over its pixels: (N, ...) -> (N,)."""
         raise NotImplementedError
 
     def _grey(self, x: Tensor) -> Tensor:
@@ -80,13 +80,14 @@ class LinearPixels(Pixels):
 class LogitPixels(Pixels):
     """x1 = logit(p) / scale, with p = alpha + (1 - 2 alpha) (v + u) / 256.
 
-    On the linear scale black, four pixels out of five, fills 1/256 of the width; a network cannot be so steep. Here black and
-    white have the logits -log 256 + log u and its mirror image, of mean -6.5 and 6.5 and spread 1. So a scale of 6.5 puts them
-    at -1 and 1, each with a spread of 0.15. MNIST's root mean square is then 0.94; it is 0.96 on the linear scale.
+    Four of five pixels are black. On the linear scale, black fills 1/256 of the width, and a network cannot be so steep. On
+    this scale, the logit of black is -log 256 + log u, with mean -6.5 and standard deviation 1. White has the mirror image,
+    with mean 6.5. So a scale of 6.5 puts black and white at -1 and 1, each with a standard deviation of 0.15. MNIST's root mean
+    square is then 0.94; it is 0.96 on the linear scale.
 
     Args:
-        alpha: keeps the logit of u = 0 finite. It is far below the 1/256 of a cell: it moves the mean of black by 0.002.
-        scale: of the logits.
+        alpha: keeps the logit at u = 0 finite. It is far below a cell's width, 1/256: it moves the mean of black by 0.002.
+        scale: the divisor of the logits.
     """
 
     name = "logit"
@@ -103,7 +104,7 @@ class LogitPixels(Pixels):
         return slope.log().flatten(1).sum(1)
 
     def _shares(self, levels: Tensor, u: Tensor | float) -> tuple[Tensor, Tensor]:
-        """The p and 1 - p, neither as a difference from 1, of which little would be left."""
+        """Return p and 1 - p. Neither is computed as a difference from 1, because that would lose most of its precision."""
         width = (1 - 2 * self.alpha) / 256
         return self.alpha + width * (levels + u), self.alpha + width * ((255 - levels) + (1 - u))
 
@@ -112,24 +113,24 @@ class LogitPixels(Pixels):
 
 
 PIXELS: dict[PixelsName, Pixels] = {"linear": LinearPixels(), "logit": LogitPixels()}
-"""The scales by their names."""
+"""The scales by name."""
 
 
 def dequantization(seed: int, numbers: Iterable[int], shape: tuple[int, ...]) -> Tensor:
-    """Uniform noise in [0, 1) for the images of these numbers, from a stream for each: float32 (images, *shape)."""
+    """Return uniform noise in [0, 1) for the images with these numbers, each from its own stream: float32 (images, *shape)."""
     return torch.stack([torch.rand(shape, generator=streams.generator("cpu", seed, "dequantization", n)) for n in numbers])
 
 
 def dequantize(
     images: Tensor, pixels: Pixels = PIXELS["linear"], *, seed: int = 0, numbers: Iterable[int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Images of bytes as points that have a density.
+    """Return images of bytes as points that have a density.
 
     Args:
         images: uint8 (N, H, W), on the CPU.
         pixels: the scale.
-        seed: of the noise of each grey level.
-        numbers: of the images, 0, 1, ... by default: an image's noise depends on the seed and its number alone.
+        seed: random seed of the noise that each grey level gets.
+        numbers: the images' numbers; 0, 1, ... by default. An image's noise depends only on the seed and its number.
 
     Returns:
         x1 float32 (N, 1, H, W), and `log_slope` float64 (N,) for `bits_per_dimension`.
@@ -139,16 +140,17 @@ def dequantize(
 
 
 def bits_per_dimension(log_p: Tensor, log_slope: Tensor, dimensions: int) -> Tensor:
-    """The bits that a pixel's grey level takes: an upper bound, for the noise that made it real says nothing.
+    """Return the bits that a pixel's grey level takes: an upper bound, because the dequantisation noise has no information.
 
-    The density of the grey levels is p(x1) times the slope of x1 by the level; on the linear scale that adds log2 127.5 bits.
+    The density of the grey levels is p(x1) times the derivative of x1 by the level. On the linear scale, the derivative adds
+    log2 127.5 bits.
 
     Args:
-        log_p: of x1 in nats (N,).
+        log_p: log p(x1) in nats, (N,).
         log_slope: (N,), as `dequantize` returns it.
-        dimensions: of x1: pixels of an image.
+        dimensions: the dimensions of x1, which are the pixels of an image.
 
     Returns:
-        (N,).
+        Bits per dimension, (N,).
     """
     return -(log_p + log_slope) / (dimensions * math.log(2))

@@ -1,7 +1,7 @@
-"""A digit of one's own: any picture of one, prepared as the makers of MNIST prepared theirs.
+"""The user's own pictures of digits, prepared as the makers of MNIST prepared theirs.
 
-They scaled each digit, with its proportions kept, into a box of 20 by 20 pixels, and put its centre of mass at the centre of a
-field of 28 by 28. Source: LeCun, Cortes and Burges, "The MNIST database of handwritten digits".
+They scaled each digit to fit a box of 20 by 20 pixels, and kept its proportions. Then they put its centre of mass at the centre
+of a field of 28 by 28 pixels. Source: LeCun, Cortes and Burges, "The MNIST database of handwritten digits".
 """
 
 import numpy as np
@@ -12,40 +12,40 @@ from scipy import ndimage
 from torch import Tensor
 
 FIELD, BOX = 28, 20
-"""Pixels of an image, and of the box that a digit fills in its longer direction."""
+"""The sides of an image, and of the box that a digit fills in its longer direction, in pixels."""
 
 WIDTH = 2.5
-"""Thinner strokes, in pixels of the box, are thickened to this. Three in four of MNIST's are at least as wide."""
+"""Thinner strokes are thickened to this width, in pixels of the box. Three of four strokes in MNIST are at least as wide."""
 
 FAINTEST = 24
-"""Grey levels, of 255, by which a stroke must differ from its background."""
+"""The smallest difference between a stroke and its background, in grey levels, of 255."""
 
 SLIGHT = 4
-"""Grey levels that make no difference, such as those that JPEG leaves around a stroke."""
+"""Differences of at most this many grey levels are ignored, such as JPEG artefacts around a stroke."""
 
 LARGEST = 1000
-"""Pixels: larger pictures are reduced to this first."""
+"""The longest side of a picture, in pixels. Larger pictures are first reduced to this size."""
 
 Greys = NDArray[np.float64]
-"""Grey levels (H, W), from 0."""
+"""Grey levels (H, W), at least 0."""
 
 
 def prepare(picture: Image.Image) -> tuple[Tensor, str]:
-    """A picture of one digit as MNIST would hold it: a white stroke on black, uint8 (28, 28); and what was done, in words.
+    """Return a picture of one digit in MNIST's format, a white stroke on black, uint8 (28, 28), and the changes in words.
 
     Raises:
-        ValueError: if it holds no stroke.
+        ValueError: if the picture has no stroke that differs clearly from its background.
     """
     picture = ImageOps.exif_transpose(picture)
     picture.thumbnail((LARGEST, LARGEST))
     done = []
     if has_alpha(picture):
-        done.append("laid on white")
+        done.append("placed on white")
         greys = on(picture, "white")
-        if np.ptp(greys) < FAINTEST:  # a white stroke
-            done[0] = "laid on black"
+        if np.ptp(greys) < FAINTEST:  # a white stroke cannot be seen on white
+            done[0] = "placed on black"
             greys = on(picture, "black")
-    elif picture.mode in ("F", "I") or picture.mode.startswith("I;"):  # more levels than 255
+    elif picture.mode in ("F", "I") or picture.mode.startswith("I;"):  # more than 256 levels
         greys = np.asarray(picture, dtype=np.float64)
         greys = 255 * (greys - greys.min()) / max(np.ptp(greys), 1e-9)
     else:
@@ -63,31 +63,32 @@ def prepare(picture: Image.Image) -> tuple[Tensor, str]:
         done.append("thickened")
     field = centred(boxed)
     if field.shape == greys.shape and np.abs(field - greys).max() <= SLIGHT:
-        field, done = greys, ["taken as it is"]
+        field, done = greys, ["used unchanged"]
     else:
         done.append("centred")
     return torch.from_numpy(field.round().astype(np.uint8)), ", ".join(done)
 
 
 def has_alpha(picture: Image.Image) -> bool:
-    """Whether some of a picture is transparent."""
+    """Return whether a part of a picture is transparent."""
     return picture.has_transparency_data and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255
 
 
 def on(picture: Image.Image, colour: str) -> Greys:
-    """The grey levels of a picture laid on a colour."""
+    """Return the grey levels of a picture placed on a background of this colour."""
     picture = picture.convert("RGBA")
     return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, colour), picture).convert("L"), dtype=np.float64)
 
 
 def stroke(greys: Greys) -> tuple[Greys, bool]:
-    """By how much each pixel differs from the background, 0 to 255 and 0 there; and whether the stroke is the darker one.
+    """Return the ink, and whether the stroke is darker than the background.
 
-    The background is what most of the picture's edge is like. What differs from it by no more than the edge does in itself is
-    background too, and so are specks that hold less than a hundredth of the ink.
+    The ink of a pixel is its difference from the background, scaled to 0 to 255; it is 0 on the background. The background's
+    grey level is the median of the picture's edge. Differences within the edge's own variation are background too, and so are
+    specks with less than 1% of the ink.
 
     Raises:
-        ValueError: if nothing differs, or nearly all.
+        ValueError: if no pixel differs clearly from the background, or more than 60% of them differ.
     """
     ring = np.ones(greys.shape, bool)
     wide = max(1, min(greys.shape) // 25)
@@ -103,12 +104,12 @@ def stroke(greys: Greys) -> tuple[Greys, bool]:
     if ink.max() < FAINTEST:
         raise ValueError("nothing stands out from the background")
     if (ink > 0).mean() > 0.6:
-        raise ValueError("what stands out covers most of it")
+        raise ValueError("the stroke covers most of the picture")
     return 255 * ink / ink.max(), inverted
 
 
 def fit_box(ink: Greys) -> tuple[Greys, bool]:
-    """A stroke scaled until its longer side fills the box, and whether it was too thin, and thickened: (h, w) -> (h', w')."""
+    """Scale a stroke until its longer side fills the box: (h, w) -> (h', w'). Return also whether a thin one was thickened."""
     picture = Image.fromarray(ink.round().astype(np.uint8))
     if max(picture.size) > 10 * BOX:
         picture = resized(picture, 10 * BOX)
@@ -123,13 +124,13 @@ def fit_box(ink: Greys) -> tuple[Greys, bool]:
 
 
 def resized(picture: Image.Image, longer: int) -> Image.Image:
-    """A picture with its longer side as asked for, and its proportions kept."""
+    """Return a picture resized to this longer side, in pixels, with the same proportions."""
     width, height = (max(1, round(side * longer / max(picture.size))) for side in picture.size)
     return picture.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def centred(boxed: Greys) -> Greys:
-    """A stroke (h, w) in the field (28, 28), with its centre of mass in the middle, as far as it fits."""
+    """Return a stroke (h, w) in the field (28, 28). Its centre of mass is in the middle, or as near as the stroke fits."""
     field = np.zeros((FIELD, FIELD))
     places = [
         slice(start := int(np.clip(round(FIELD / 2 - middle), 0, FIELD - side)), start + side)

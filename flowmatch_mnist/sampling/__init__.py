@@ -1,1 +1,1 @@
-"""A trained network at work: samples, likelihoods, exported files."""
+"""The uses of a trained network: samples, likelihoods, exported files."""

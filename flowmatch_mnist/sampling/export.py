@@ -1,7 +1,7 @@
-"""A model as one file that draws digits without this package: a PyTorch program, or ONNX.
+"""Export of a model as one file that draws digits without this package: a PyTorch program, or ONNX.
 
-The file holds the weights and all steps of the sampler. It takes noise, float32 (N, 1, 28, 28), standard normal, and labels,
-int64 (N,), 0 to 9, and gives images, uint8 (N, 28, 28).
+The file contains the weights and all steps of the sampler. Its inputs are noise, float32 (N, 1, 28, 28), standard normal, and
+labels, int64 (N,), 0 to 9. Its output is images, uint8 (N, 28, 28).
 """
 
 import warnings
@@ -23,10 +23,10 @@ class Program(nn.Module):
         self.net = flow.net
         self.flow = flow
         self.sampler = sampler
-        self.times = flow.times(sampler)  # numbers by now: what an export sees of tensors is no values
+        self.times = flow.times(sampler)  # plain numbers, because an export does not see the values of tensors
 
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
-        """Draw."""
+        """Draw images from noise."""
         *_, x1 = self.flow.states(self.flow.guided(labels, self.sampler), noise, self.sampler, times=self.times)
         return self.flow.units.decode(x1)
 
@@ -35,15 +35,15 @@ def export(flow: Flow, sampler: Sampler, path: Path) -> None:
     """Write the model to a file, `.pt2` or `.onnx`.
 
     Raises:
-        UserError: if the ending is another, what writes ONNX is not installed, or the sampler cannot be written down.
+        UserError: if the file has another ending, the packages for ONNX are missing, or the sampler cannot be exported.
     """
     if path.suffix not in (".pt2", ".onnx"):
-        raise UserError(f"{path} must end in .pt2 or .onnx")
+        raise UserError(f"cannot export to {path}: its name must end in .pt2 or .onnx")
     if sampler.solver == "dopri5" or sampler.churn:
-        raise UserError("steps that are chosen or drawn on the way cannot be exported; ask for another --solver, and churn 0")
+        raise UserError("cannot export steps that are chosen or drawn during sampling; use another --solver, and churn 0")
     example = (torch.randn(2, *flow.net.shape), torch.tensor([3, 7]))
     many = torch.export.Dim("n", min=1)
-    # Contiguous, since another layout of the weights would be asked of whoever loads the file.
+    # Make the weights contiguous: the file would demand any other layout from the program that loads it.
     flow.net.to(memory_format=torch.contiguous_format)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -57,7 +57,7 @@ def export(flow: Flow, sampler: Sampler, path: Path) -> None:
         try:
             written = torch.onnx.export(program, input_names=["noise", "labels"], output_names=["images"], verbose=False)
         except ImportError as error:
-            raise UserError(f"ONNX needs {error.name or error}; run pip install -e '.[onnx]'") from error
+            raise UserError(f"cannot write ONNX without {error.name or error}; run pip install -e '.[onnx]'") from error
         assert written is not None
         with replacing(path) as temporary:
             written.save(temporary)

@@ -1,4 +1,4 @@
-"""From a network to digits by label. `sample.py` and the training's callbacks both call this."""
+"""Drawing samples by label with a network. `sample.py` and the training callbacks both use this module."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,18 +21,18 @@ from flowmatch_mnist.support.choices import Spacing
 
 @dataclass
 class Sampler:
-    """How samples are drawn.
+    """The settings for drawing samples.
 
     Args:
-        steps: from noise to data, at least 1.
+        steps: number of steps from noise to data, at least 1.
         solver: euler, midpoint, heun, rk4, dpmpp_2m, average or dopri5; see `solvers.trajectory`.
         guidance: classifier-free guidance scale; 1 is off and 0 ignores the label.
-        guidance_interval: from and to which t, of the path the network was trained on, guidance acts.
-        spacing: of the steps: uniform in the time of that path, or log_snr.
-        churn: how much noise is renewed on the way; 0 is none (the ODE), 1 is DDPM's ancestral sampling.
+        guidance_interval: the first and the last t with guidance, in the time of the path that the network was trained on.
+        spacing: spacing of the steps: uniform in the time of that path, or log_snr.
+        churn: how much of the noise is renewed during sampling; 0 is none (the ODE), 1 is DDPM's ancestral sampling.
 
     Raises:
-        ValueError: if one of them is out of its range, or they do not work together.
+        ValueError: if a setting is out of its range, or the settings do not work together.
     """
 
     steps: int = 8
@@ -47,17 +47,17 @@ class Sampler:
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance must be a finite number, got {self.guidance}")
         start, end = self.guidance_interval
-        self.guidance_interval = (start, end)  # a list, where it was read from a file
+        self.guidance_interval = (start, end)  # a list, if it was read from a file
         if not 0 <= start <= end <= 1:
-            raise ValueError(f"the interval of guidance must rise within [0, 1], got {start} to {end}")
+            raise ValueError(f"guidance_interval must satisfy 0 <= start <= end <= 1, got {start} to {end}")
 
     @property
     def reversible(self) -> bool:
-        """Whether it goes back from data to noise too."""
+        """Return whether the sampler can also integrate from data to noise."""
         return not self.churn and self.solver not in ("dpmpp_2m", "average")
 
     def description(self) -> str:
-        """Solver, steps and what else is not at its default, in words."""
+        """Return the solver, the steps, the guidance and other settings that are not at their defaults, in words."""
         words = [self.solver, f"{self.steps} step{'s' * (self.steps > 1)}", f"guidance {self.guidance:g}"]
         if self.guidance not in (0, 1) and self.guidance_interval != (0, 1):
             words[-1] += " from t = {:g} to {:g}".format(*self.guidance_interval)
@@ -70,13 +70,13 @@ class Sampler:
 
 @dataclass
 class Flow:
-    """A network, and how to read what it puts out: all that sampling needs.
+    """A network and the meaning of its output: together, all that sampling needs.
 
     Attributes:
         net: the network.
-        path: the name of the path it was trained on.
-        prediction: what it puts out.
-        units: what the numbers of its samples mean.
+        path: the name of the path that the network was trained on.
+        prediction: the network's prediction target.
+        units: the units of its samples.
     """
 
     net: Network
@@ -85,17 +85,17 @@ class Flow:
     units: Units = UNITS["linear"]
 
     def check(self, sampler: Sampler) -> None:
-        """Raise ValueError for a sampler that asks for mean velocities of a network that knows none."""
+        """Raise ValueError if the sampler needs mean velocities, and the network does not predict them."""
         if sampler.solver == "average" and not self.net.spans:
-            raise ValueError("the solver average needs a network of mean velocities, see configs/meanflow.yaml; choose another")
+            raise ValueError("the solver average needs a network of mean velocities (configs/meanflow.yaml); use another")
 
     def times(self, sampler: Sampler) -> list[float]:
-        """The times on the straight path that the sampler stops at, from 0 to 1."""
+        """Return the times of the sampler's steps on the straight path, from 0 to 1."""
         times: list[float] = time_grid(sampler.steps, sampler.spacing, PATHS[self.path]).tolist()
         return times
 
     def guided(self, y: Tensor, sampler: Sampler) -> Guided:
-        """The network with the labels y (B,) and the sampler's guidance bound; it counts its evaluations."""
+        """Return the network with fixed labels y (B,) and the sampler's guidance. It counts its evaluations."""
         return Guided(self.net, y, sampler.guidance, sampler.guidance_interval)
 
     def states(
@@ -108,34 +108,32 @@ class Flow:
         backwards: bool = False,
         times: Sequence[float] | None = None,
     ) -> Iterator[Tensor]:
-        """The states from noise to data: `sampler.steps` + 1 tensors of the shape of x (B, ...), the first x itself.
+        """Return the states from noise to data one by one: `sampler.steps` + 1 tensors like x (B, ...). The first is x.
 
         Args:
             guided: the network, from `guided`.
-            x: the noise to start from; the data, to go backwards.
-            sampler: how.
-            fresh_noise: where churn's noise comes from.
-            backwards: whether to go from data to noise instead.
-            times: to stop at; by default the sampler's.
+            x: the noise to start from, or with `backwards` the data.
+            sampler: the settings.
+            fresh_noise: the source of the noise for churn.
+            backwards: whether to integrate from data to noise instead.
+            times: the times of the steps on the straight path, from 0 to 1; by default the sampler's.
 
         Raises:
-            ValueError: if the network cannot do what the sampler asks for, or if one with churn, or with a solver that needs
-                times that rise, should go backwards.
+            ValueError: if the network does not support the sampler, or if `backwards` is used with churn or with a solver that
+                needs rising times.
             FloatingPointError: if a state is not finite.
         """
         self.check(sampler)
         times = self.times(sampler) if times is None else times
         if backwards:
             if not sampler.reversible:
-                raise ValueError(
-                    f"{sampler.description()} goes from noise to data only; going back needs another solver, or churn 0"
-                )
+                raise ValueError(f"{sampler.description()} cannot integrate from data to noise; use another solver, or churn 0")
             times = times[::-1]
         velocity = StraightVelocity(guided, PATHS[self.path], self.prediction)
         return trajectory(velocity, x, times, sampler.solver, churn=sampler.churn, fresh_noise=fresh_noise)
 
     def describe(self, sampler: Sampler) -> dict[str, Any]:
-        """What a checkpoint says of its model, in plain values: what builds it again, and how to sample it."""
+        """Return the model's description for a checkpoint, in plain values: how to build it again, and how to sample it."""
         return {
             "network": type(self.net).__name__,
             "arguments": self.net.arguments,
@@ -147,26 +145,26 @@ class Flow:
 
 
 def draw_noise(count: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Standard normal noise (count, *shape), one sample at a time, so that drawing it in batches gives the same stream."""
+    """Return standard normal noise (count, *shape). It is drawn one sample at a time, so batches do not change the stream."""
     return torch.stack([torch.randn(shape, generator=generator) for _ in range(count)])
 
 
 def churn_noise(seed: int, numbers: Iterable[int], shape: tuple[int, ...], device: torch.device) -> FreshNoise:
-    """Noise for the samples of these numbers, from a stream for each: (samples, *shape) at each call."""
+    """Return a source of noise for the samples with these numbers, one stream for each: (samples, *shape) at each call."""
     generators = [streams.generator("cpu", seed, "churn", n) for n in numbers]
     return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device, non_blocking=True)
 
 
 @dataclass
 class Samples:
-    """What was drawn.
+    """The samples that were drawn.
 
     Attributes:
-        values: (N, ...), one for each label; of digits, images uint8 (N, H, W).
+        values: (N, ...), one for each label; for digits, images uint8 (N, H, W).
         labels: int64 (N,).
-        evaluations: network evaluations for each sample (NFE); guidance counts twice. Of an adaptive solver, those of the
-            batch that needed most.
-        states: (steps + 1, N, ...), the way from noise to data, if it was asked for.
+        evaluations: network evaluations (NFE) for each sample; an evaluation with guidance counts as two. For an adaptive
+            solver, the number is from the batch that needed most.
+        states: (steps + 1, N, ...), the trajectories from noise to data, or None if they were not kept.
     """
 
     values: Tensor
@@ -175,12 +173,12 @@ class Samples:
     states: Tensor | None = None
 
     def _repr_png_(self) -> bytes | None:
-        """How a notebook shows images: a grid of ten columns, or of fewer where there are fewer."""
+        """Return the images for a notebook, in a grid of ten columns, or fewer for fewer images; None for other samples."""
         return as_png(grid(self.values, min(10, len(self.values)))) if self.values.dtype == torch.uint8 else None
 
 
 def default_batch_size(device: torch.device | str) -> int:
-    """How many samples go through a network at a time: few stay in a processor's caches, and many keep a GPU busy."""
+    """Return how many samples to draw at a time: a few fit in a CPU's caches, and many keep a GPU busy."""
     return 100 if torch.device(device).type == "cpu" else 1000
 
 
@@ -200,20 +198,21 @@ def generate(
 ) -> Samples:
     """Draw a sample for each label by integrating dx/dt = v(x, t, y) from noise at t=0 to data at t=1.
 
-    The noise of the n-th sample depends on the seed and n alone, not on batch size or device. Memory is bounded by the batch;
-    what is kept of each digit is one byte a pixel.
+    The noise of the n-th sample depends only on the seed and n, not on the batch size or the device. The batch size limits the
+    memory, because each finished digit takes only one byte per pixel.
 
     Args:
-        flow: the network, and how to read it.
+        flow: the network and the meaning of its output.
         labels: int64 (N,); `net.no_label` draws any class.
         sampler: solver, steps, guidance and the rest.
-        seed: of the noise.
-        noise: to start from, (N, *shape), in place of the seed's.
-        numbers: of the samples in a larger whole, whose noise is given: what churn draws for each is told by its number.
-        batch_size: how many are drawn at a time, at least 1; by default as suits the device.
-        keep_states: whether to keep the states on the way too.
-        decode: turns states (B, *shape) into what is kept of them; by default, into the flow's units.
-        on_batch: called after each batch with how many samples it drew.
+        seed: random seed of the noise.
+        noise: the noise to start from, (N, *shape), instead of noise from the seed.
+        numbers: the numbers of the samples in a larger set, used with `noise`; 0, 1, ... by default. A sample's number
+            determines its noise for churn.
+        batch_size: how many samples are drawn at a time, at least 1; the default depends on the device.
+        keep_states: whether to keep all states of the trajectories.
+        decode: converts states (B, *shape) to the values that are kept; by default, to data in the flow's units.
+        on_batch: called after each batch with the number of its samples.
 
     Raises:
         FloatingPointError: if a state is not finite.
@@ -233,7 +232,7 @@ def generate(
         fresh_noise = churn_noise(seed, batch, net.shape, device) if sampler.churn else None
         states: list[Tensor] = []
         for x in flow.states(guided, x0.to(device, non_blocking=True), sampler, fresh_noise=fresh_noise):
-            # The states on the way are let go at once unless they are asked for.
+            # Without `keep_states`, only the newest state stays in memory.
             states = [*states, x] if keep_states else [x]
         kept.append(torch.stack([decode(x) for x in states]).cpu())
         evaluations = max(evaluations, guided.evaluations)
@@ -245,18 +244,18 @@ def generate(
 
 
 INVERTER = Sampler(steps=32, solver="rk4")
-"""What goes from digit to noise and back with an error far below what the eye sees."""
+"""The default sampler of `invert`. From digit to noise and back, its error is much too small to see."""
 
 
 @torch.inference_mode()
 def invert(flow: Flow, x1: Tensor, labels: Tensor, sampler: Sampler = INVERTER) -> Tensor:
-    """The noise that the flow carries to the given data, by integrating backwards from t=1 to t=0.
+    """Return the noise that the flow carries to the given data, by integrating backwards from t=1 to t=0.
 
     Args:
-        flow: the network, and how to read it.
-        x1: data (N, *shape), as the network sees them.
-        labels: int64 (N,), of the data.
-        sampler: how; without churn.
+        flow: the network and the meaning of its output.
+        x1: data (N, *shape), encoded for the network.
+        labels: int64 (N,), the labels of the data.
+        sampler: the settings, without churn.
 
     Returns:
         The noise (N, *shape), on the CPU.
@@ -267,10 +266,10 @@ def invert(flow: Flow, x1: Tensor, labels: Tensor, sampler: Sampler = INVERTER) 
 
 
 def interpolate(first: Tensor, last: Tensor, count: int) -> Tensor:
-    """`count` points from one noise to another, both included, along the great circle between them.
+    """Return `count` points from one noise to another, both included, along the great circle between them.
 
-    Straight interpolation would pass through points far nearer to the origin than noise ever lies. The length goes
-    evenly from that of the first to that of the last. Source: White 2016, "Sampling Generative Networks", section 2.1.
+    A straight line would pass through points far nearer to the origin than noise ever is. The points' lengths change evenly
+    from the length of the first to the length of the last. Source: White 2016, "Sampling Generative Networks", section 2.1.
 
     first, last (*shape) -> (count, *shape).
     """

@@ -1,4 +1,4 @@
-"""What a command line asks for, from its labels to its file: `sample.py`, once its options are checked."""
+"""The work of `sample.py` after it has checked its options: draw the digits and write the file."""
 
 import argparse
 import sys
@@ -23,11 +23,11 @@ from flowmatch_mnist.support.devices import default_device
 from flowmatch_mnist.support.errors import UserError
 
 FRAMES = 61
-"""At most as many states make up an animation."""
+"""The largest number of states in an animation."""
 
 
 def digit_of(file: str, number: int, data_dir: Path) -> tuple[Tensor, int]:
-    """A picture as MNIST would hold it, uint8 (28, 28), and its label. What was done to a person's own picture is printed."""
+    """Return a picture in MNIST's format, uint8 (28, 28), and its label. Print the changes to a user's own picture."""
     if file == "test":
         mnist.prepare(data_dir)
         images, labels = mnist.load(data_dir, "test")
@@ -37,25 +37,25 @@ def digit_of(file: str, number: int, data_dir: Path) -> tuple[Tensor, int]:
             picture.load()
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
-    except Exception as error:  # decoders raise whatever damaged or oversized pictures lead to
-        raise UserError(f"{file} is no picture, or damaged; give a picture of one digit, such as a PNG or a JPEG") from error
+    except Exception as error:  # decoders can raise any error for damaged or oversized pictures
+        raise UserError(f"cannot read {file}: it is no picture, or damaged; use a picture of a digit, such as a PNG") from error
     try:
         digit, done = prepare(picture)
     except ValueError as error:
-        raise UserError(f"{file} holds no digit: {error}; give a picture of one digit on a plain background") from error
+        raise UserError(f"{file} shows no digit: {error}; use a picture of one digit on a plain background") from error
     print(f"{file}: {done}")
     return digit, number
 
 
 def noises(options: argparse.Namespace, given: list[tuple[Tensor, int]], columns: int, rows: int, flow: Flow) -> Tensor | None:
-    """The noise (N, 1, 28, 28) in place of the seed's, row after row of the grid; None for the seed's.
+    """Return the noise (N, 1, 28, 28) to use instead of the seed's noise, row after row of the grid, or None for the seed's.
 
     Args:
-        options: of the command line.
-        given: digits uint8 (28, 28) whose noise is asked for, and their labels.
-        columns: of the grid.
-        rows: of the grid.
-        flow: which carries the noise to the digits.
+        options: the options of the command line.
+        given: digits uint8 (28, 28) and their labels; the function computes the noise of these digits.
+        columns: the number of columns of the grid.
+        rows: the number of rows of the grid.
+        flow: the flow that carries the noise to the digits.
     """
     found = [invert(flow, flow.units.encode(digit[None]), torch.tensor([label]))[0] for digit, label in given]
     if not options.interpolate:
@@ -67,14 +67,17 @@ def noises(options: argparse.Namespace, given: list[tuple[Tensor, int]], columns
 
 
 def between(images: Tensor, columns: int, given: list[tuple[Tensor, int]]) -> Tensor:
-    """Images (N, 28, 28) in rows, with the digits whose noise they come from before and after: a grid, for people."""
+    """Return a grid of images (N, 28, 28), for people.
+
+    A row begins with the first given digit and ends with the second, if they are given. Its noise comes from these digits.
+    """
     rows = images.unflatten(0, (-1, columns))
     ends = [digit.expand(len(rows), 1, *digit.shape) for digit, _ in given]
     return grid(torch.cat([*ends[:1], rows, *ends[1:]], dim=1).flatten(0, 1), columns + len(ends))
 
 
 def fulfil(options: argparse.Namespace, started: float) -> None:
-    """Draw, write, and say what was done and how long it took since `started`, in seconds of `time.perf_counter`."""
+    """Draw and write the digits. Print a summary and the time since `started`, in seconds of `time.perf_counter`."""
     given = [digit_of(file, number, options.data_dir) for file, number in options.from_image or []]
     device = options.device or default_device()
     model, flow, sampler = load_digits(PRETRAINED[options.weights] if options.weights else options.checkpoint, device)
@@ -82,9 +85,9 @@ def fulfil(options: argparse.Namespace, started: float) -> None:
     sampler = with_changes(flow, sampler, {name: getattr(options, name) for name in settings})
 
     asked_labels = torch.tensor(list(chain.from_iterable(options.labels)))
-    if options.interpolate:  # a row for each label
+    if options.interpolate:  # one row for each label
         columns, y = options.interpolate, asked_labels.repeat(options.per_class).repeat_interleave(options.interpolate)
-    else:  # a column for each label
+    else:  # one column for each label
         columns, y = len(asked_labels), asked_labels.repeat(options.per_class)
     noise = noises(options, given, columns, len(y) // columns, flow)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:

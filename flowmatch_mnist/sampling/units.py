@@ -1,6 +1,6 @@
-"""What the numbers of a sample mean to a person, and what they are to the network.
+"""The units of samples: data as a person sees them, and the same data as numbers for the network.
 
-A network sees numbers of about the size of its noise. A person sees grey levels from 0 to 255, or places in the plane.
+A network sees numbers of about the same size as its noise. A person sees grey levels from 0 to 255, or points in the plane.
 """
 
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ class Units(Protocol):
     """The two directions between data and the network's numbers.
 
     Attributes:
-        name: by which configs and files call them.
+        name: the units' name in configs and files.
     """
 
     @property
     def name(self) -> UnitsName: ...
 
     def encode(self, data: Tensor, u: Tensor | None = None) -> Tensor:
-        """Data (B, ...) as the network sees them (B, *shape); with u, dequantisation's noise, where the data are levels."""
+        """Return data (B, ...) as the network's x (B, *shape). If the data are grey levels, u is the dequantisation noise."""
 
     def decode(self, x: Tensor) -> Tensor:
-        """The network's x (B, *shape) as data (B, ...)."""
+        """Return the network's x (B, *shape) as data (B, ...)."""
 
 
 @dataclass(frozen=True)
 class Plane:
-    """Places in the plane (B, 2). The network sees the plane shrunk by `scale`, so that its noise is standard normal."""
+    """Points in the plane (B, 2). The network sees the points divided by `scale`, so its noise is standard normal."""
 
     name: UnitsName = "plane"
     scale: float = 2.0
@@ -45,4 +45,4 @@ class Plane:
 
 
 UNITS: dict[UnitsName, Units] = {"linear": PIXELS["linear"], "logit": PIXELS["logit"], "plane": Plane()}
-"""The units by the names that files use."""
+"""The units by their names in files."""

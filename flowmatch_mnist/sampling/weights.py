@@ -1,4 +1,4 @@
-"""From files to networks: the checkpoints that training leaves, and the trained weights in the package."""
+"""Networks in files: checkpoints from training, and the trained weights in the package."""
 
 import glob
 import inspect
@@ -26,22 +26,22 @@ from flowmatch_mnist.support.files import damage, load_checkpoint, load_weights,
 log = logging.getLogger(__name__)
 
 KEY = "flowmatch_mnist"
-"""Where in a file the description of its network stands."""
+"""The key of the network's description in a file."""
 
 MAY_DIFFER = ("spans", "dropout")
-"""Arguments of a network that may differ from those of the weights it starts from."""
+"""Arguments that may differ between a network and the weights of its warm start."""
 
 NETWORKS: dict[str, type[Network]] = {"UNet": UNet, "MLP": MLP}
-"""The networks that a file may name. A file from a stranger must not choose what is imported."""
+"""The networks that a file may name. A file from an unknown source must not choose what this program imports."""
 
 
 def newest_checkpoint(runs: Path = Path("runs"), name: str | None = None, file: str = "last.ckpt") -> Path:
-    """The whole checkpoint called `file` that was written most recently, of the runs called `name` (any, by default).
+    """Return the newest undamaged checkpoint called `file` from the runs called `name` (by default, from any run).
 
-    One that is damaged is named, and gives way to its run's `best.ckpt`, then to the next newest.
+    A damaged checkpoint is named in a warning. Its run's `best.ckpt` is tried next, then the next newest checkpoint.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is no undamaged checkpoint.
     """
     pattern = "*" if name is None else glob.escape(name)
     found = [path for path in runs.glob(f"{pattern}/*/checkpoints/{file}") if path.is_file()]
@@ -49,15 +49,15 @@ def newest_checkpoint(runs: Path = Path("runs"), name: str | None = None, file: 
         for candidate in dict.fromkeys([path, path.with_name("best.ckpt")]):
             if not (wrong := damage(candidate)):
                 return candidate
-            log.warning("passing over %s: %s", candidate, wrong)
+            log.warning("skipping %s: %s", candidate, wrong)
     raise UserError(
-        f"no {'whole ' * bool(found)}{file} of a run below {runs if name is None else runs / name}; train a model with "
-        "`python train.py`, or name a checkpoint"
+        f"found no {'undamaged ' * bool(found)}{file} below {runs if name is None else runs / name}; train a model with "
+        "`python train.py`, or give a checkpoint"
     )
 
 
 def newest_or_packaged() -> Path:
-    """The newest run's last checkpoint, or where there is no run, the weights in the package."""
+    """Return the path of the newest run's last checkpoint, or if there is no run, of the weights in the package."""
     try:
         return newest_checkpoint()
     except UserError:
@@ -65,27 +65,27 @@ def newest_or_packaged() -> Path:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of this project, on the CPU. Only tensors and plain values are read: no file can run code.
+    """Return a checkpoint of this project, on the CPU. Only tensors and plain values are read: no file can run code.
 
     Raises:
         UserError: if the file is missing, damaged, or not one of this project's checkpoints.
     """
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path}; check the path, or train one with `python train.py`")
+        raise UserError(f"there is no checkpoint at {path}; check the path, or train a model with `python train.py`")
     checkpoint = load_checkpoint(path)
     if not isinstance(checkpoint.get(KEY), dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise UserError(f"{path} is no checkpoint of this project; use one that train.py wrote")
+        raise UserError(f"cannot read {path}: it is no checkpoint of this project; use one that train.py wrote")
     return checkpoint | {KEY: with_units(checkpoint[KEY])}
 
 
 def with_units(description: dict[str, Any]) -> dict[str, Any]:
-    """The description of a network; a file from before version 0.1.0 says "pixels" of points too, and has no "units"."""
+    """Return a network's description with its "units". Before version 0.1.0, files had "pixels" instead, even for points."""
     older = "plane" if description.get("network") == "MLP" else description.get("pixels")
     return {"units": older} | description
 
 
 def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description of a network and its weights, from a checkpoint or from what `save` wrote.
+    """Return the description of a network and its weights, from a checkpoint or from a file that `save` wrote.
 
     Raises:
         UserError: if the file is missing, damaged, or neither of the two.
@@ -100,17 +100,17 @@ def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (KeyError, ValueError):
         description = None
     if not isinstance(description, dict):
-        raise UserError(f"{path} holds no model of this project; use another")
+        raise UserError(f"cannot read {path}: it holds no model of this project; use another file")
     return with_units(description), weights
 
 
 def weights_path(weights: str) -> Path:
-    """Where weights are: in the package, if that is their name, else in a file of that name."""
+    """Return the path of weights: of those in the package with this name, or otherwise of the file with this name."""
     return PRETRAINED.get(weights, Path(weights))
 
 
 def warm_start(net: Network, path: Path) -> None:
-    """Give a network the weights of a file. What takes in spans, the file may lack.
+    """Load the weights of a file into a network. The weights for spans may be missing in the file.
 
     Raises:
         UserError: if the file is missing or damaged, or its weights do not fit.
@@ -119,65 +119,72 @@ def warm_start(net: Network, path: Path) -> None:
     own = net.state_dict()
     wrong = [name for name, value in weights.items() if name not in own or own[name].shape != value.shape]
     wrong += [name for name in own if name not in weights and not name.startswith("span.")]
-    # What makes no difference to any shape, such as the groups of a normalisation; older files lack what was fixed then.
+    # Arguments that shapes do not reveal, such as the number of norm groups, must match. Older files lack arguments that were
+    # constants at that time; the defaults are these constants.
     defaults = {name: parameter.default for name, parameter in inspect.signature(type(net)).parameters.items()}
     arguments = description.get("arguments")
     theirs = defaults | arguments if isinstance(arguments, dict) else {}
     wrong += [name for name, value in net.arguments.items() if name not in MAY_DIFFER and theirs.get(name) != value]
     if wrong:
         raise UserError(
-            f"the weights in {path} do not fit the config's network ({', '.join(wrong[:3])}); set model.net as there"
+            f"the weights in {path} do not fit the config's network ({', '.join(wrong[:3])}); set model.net as in that file"
         )
     net.load_state_dict(weights, strict=False)
 
 
 def load_teacher(weights: str, student: Network, device: torch.device) -> Network:
-    """The network of a file or of a name in the package, whose velocity of the linear path a student can learn from.
+    """Return a teacher network: a student can learn from its velocity on the linear path.
+
+    The weights are a file, or a name of weights in the package.
 
     Raises:
-        UserError: if its file cannot be read, it is for other samples than the student, or it predicts something else.
+        UserError: if the file cannot be read, the teacher's samples or labels differ from the student's, or the teacher has
+            another path or prediction target.
     """
     flow, _ = load(weights_path(weights), device)
     if (flow.path, flow.prediction) != ("linear", "velocity"):
-        raise UserError(f"the teacher {weights} predicts {flow.prediction} on the {flow.path} path; take another")
+        raise UserError(f"the teacher {weights} predicts {flow.prediction} on the {flow.path} path; use another")
     if (flow.net.shape, flow.net.no_label) != (student.shape, student.no_label):
-        raise UserError(f"the teacher {weights} draws samples of shape {flow.net.shape}, not {student.shape}; take another")
+        raise UserError(f"the teacher {weights} draws samples of shape {flow.net.shape}, not {student.shape}; use another")
     return flow.net.requires_grad_(False)
 
 
 def save(path: Path, flow: Flow, sampler: Sampler, metadata: Mapping[str, str]) -> None:
-    """Write a network's weights, how to sample it, and other metadata, as safetensors for `load`."""
+    """Write a network's weights, its description with its sampler, and other metadata, as a safetensors file for `load`."""
     save_weights(path, flow.net.state_dict(), {**metadata, KEY: json.dumps(flow.describe(sampler))})
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> tuple[Flow, Sampler]:
-    """The network of a checkpoint, or of what `save` wrote, ready to sample with its averaged weights, and its sampler.
+    """Return the network of a checkpoint, or of a file that `save` wrote, and its sampler.
+
+    The network has its averaged weights (EMA) and is ready to sample.
 
     Raises:
-        UserError: if the file is missing, damaged, of another shape than it says, or names what this program does not know.
+        UserError: if the file is missing or damaged, its weights do not fit its description, or this program does not know a
+            name in it.
     """
     description, weights = read_model(path)
     for what, known in (("network", NETWORKS), ("path", PATHS), ("prediction", PREDICTIONS), ("units", UNITS)):
         if description.get(what) not in tuple(known):
-            raise UserError(f"{path} holds a {what} {description.get(what)!r}; this program knows {', '.join(known)}")
+            raise UserError(f"{path} has an unknown {what}: {description.get(what)!r}; use a file with {', '.join(known)}")
     try:
         net = NETWORKS[description["network"]](**description["arguments"])
         net.load_state_dict(weights)
         sampler = Sampler(**description["sampler"])
         units = UNITS[description["units"]]
         units.decode(torch.zeros(1, *net.shape))
-    except Exception as error:  # a damaged description can fail in any way a constructor can
-        raise UserError(f"the weights in {path} do not fit its network: {one_line(error)[:200]}; use another") from error
-    # Channels last, convolutions are faster by half, on processors too.
+    except Exception as error:  # with a damaged description, a constructor can raise any error
+        raise UserError(f"the weights in {path} do not fit its network: {one_line(error)[:200]}; use another file") from error
+    # With channels last, convolutions are about 1.5 times as fast, on CPUs too.
     net.to(memory_format=torch.channels_last)
     return Flow(net.to(device).eval(), description["path"], description["prediction"], units), sampler
 
 
 def with_changes(flow: Flow, sampler: Sampler, asked: Mapping[str, Any]) -> Sampler:
-    """A model's own sampler with what a command line asks for in its place; None stands for what it does not mention.
+    """Return a model's own sampler with the settings of a command line. None leaves a setting unchanged.
 
     Raises:
-        UserError: if the sampler cannot be changed so, or the network cannot do it.
+        UserError: if the changed sampler is not valid, or the network does not support it.
     """
     try:
         changed = replace(sampler, **{name: value for name, value in asked.items() if value is not None})
@@ -190,42 +197,42 @@ def with_changes(flow: Flow, sampler: Sampler, asked: Mapping[str, Any]) -> Samp
 def draw(
     labels: Iterable[int], weights: str | Path = "mnist", *, seed: int = 0, device: str = "cpu", **changes: Any
 ) -> Samples:
-    """Draw a sample for each label, in a line.
+    """Draw a sample for each label, in one line of code.
 
     Args:
-        labels: of the classes, such as `range(10)`.
+        labels: labels of classes, such as `range(10)`.
         weights: a name of weights in the package, or a file.
-        seed: of the noise.
-        device: where to compute.
-        changes: of the weights' own sampler: `steps`, `solver`, `guidance` and the rest, see `Sampler`.
+        seed: random seed of the noise.
+        device: the device that computes.
+        changes: changes to the weights' own sampler: `steps`, `solver`, `guidance` and the rest, see `Sampler`.
 
     Returns:
-        Of digits, `values` uint8 (N, 28, 28), of points, places in the plane (N, 2); and `labels`. In a notebook digits show
-        themselves.
+        The samples, with `values` and `labels`. For digits, `values` are images uint8 (N, 28, 28), and a notebook shows them.
+        For points, `values` are places in the plane (N, 2).
 
     Raises:
         UserError: as `load` does.
-        ValueError: if there is no such label, or the sampler cannot be changed so.
+        ValueError: if there are no labels, a label does not exist, or the changed sampler is not valid.
     """
     flow, sampler = load(weights_path(str(weights)), device)
     y = torch.tensor(list(labels), dtype=torch.int64)
     if not len(y) or not 0 <= int(y.min()) <= int(y.max()) < flow.net.no_label:
-        raise ValueError(f"labels must be some of 0 to {flow.net.no_label - 1}, got {y.tolist()}")
+        raise ValueError(f"labels must be one or more of 0 to {flow.net.no_label - 1}, got {y.tolist()}")
     return generate(flow, y, replace(sampler, **changes), seed=seed)
 
 
 def load_digits(path: Path | None, device: str) -> tuple[Path, Flow, Sampler]:
-    """What `load` gives of a model that draws digits, and its path; None stands for `newest_or_packaged`.
+    """Return the path of a model that draws digits, its network and its sampler. None means the path `newest_or_packaged()`.
 
     Raises:
-        UserError: as `load` does, and if there is no such device, or the model draws something else.
+        UserError: as `load` does, and if the device does not exist, or the model draws other samples than digits.
     """
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"no device {device!r} here; use --device cpu") from error
+        raise UserError(f"there is no device {device!r} on this computer; use --device cpu") from error
     path = path or newest_or_packaged()
     flow, sampler = load(path, device)
     if flow.net.shape != (1, 28, 28) or flow.net.no_label != 10:
-        raise UserError(f"{path} draws no digits (its samples have shape {flow.net.shape}); name another with --checkpoint")
+        raise UserError(f"{path} draws no digits (its samples have shape {flow.net.shape}); use another --checkpoint")
     return path, flow, sampler
