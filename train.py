@@ -1,9 +1,9 @@
-"""Train a class-conditional flow-matching model on MNIST, or the lessons before it.
+"""Train a class-conditional flow-matching model on MNIST, or train one of the lessons before it.
 
-python train.py                                          the defaults of configs/mnist.yaml
-python train.py --config configs/quick.yaml              about ten minutes on a laptop
-python train.py --config configs/toy.yaml                the first lesson, under a minute
-python train.py fit|validate|test|predict --help         everything else
+python train.py                                          train with configs/mnist.yaml
+python train.py --config configs/quick.yaml              10 to 16 minutes on two CPU cores
+python train.py --config configs/toy.yaml                the first lesson, in under a minute
+python train.py fit|validate|test|predict --help         all commands and their options
 """
 
 from flowmatch_mnist.training.cli import main

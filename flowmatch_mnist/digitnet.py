@@ -1,6 +1,6 @@
-"""Train one of the evaluator's two classifiers anew, on the training images alone, and put its weights in the package.
+"""Train one of the evaluator's two classifiers again, on the training images only, and write its weights into the package.
 
-Its file also keeps what real digits get by it: the baseline that `train.py test` measures samples beside.
+The file also stores the classifier's scores of real digits. They are the baseline that `train.py test` compares samples with.
 
 python -m flowmatch_mnist.digitnet
 python -m flowmatch_mnist.digitnet --net resnet
@@ -27,13 +27,13 @@ from flowmatch_mnist.support.files import save_weights
 
 
 def move(images: Tensor, places: Tensor) -> Tensor:
-    """Images uint8 (B, 28, 28) as the network sees them, looked up at places (B, 28, 28, 2): (B, 1, 28, 28)."""
-    # Outside an image is zero, so black is made zero for the while.
+    """Resample images uint8 (B, 28, 28) at places (B, 28, 28, 2), and return them in the network's units: (B, 1, 28, 28)."""
+    # `grid_sample` reads 0 outside an image, so black is 0 while it runs.
     return F.grid_sample(PIXELS["linear"].encode(images) + 1, places, align_corners=False) - 1
 
 
 def turn(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn, scale, shear and shift each image a little, by its own throw of the dice: uint8 (B, 28, 28) -> (B, 1, 28, 28)."""
+    """Turn, scale, shear and shift each image a little, with its own random numbers: uint8 (B, 28, 28) -> (B, 1, 28, 28)."""
 
     def throw(width: float) -> Tensor:
         return width * (2 * torch.rand(len(images), generator=generator) - 1)
@@ -45,7 +45,7 @@ def turn(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def warp(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift each image, and bend it smoothly, by its own throw of the dice: uint8 (B, 28, 28) -> (B, 1, 28, 28).
+    """Shift each image and bend it smoothly, with its own random numbers: uint8 (B, 28, 28) -> (B, 1, 28, 28).
 
     Source: Simard, Steinkraus and Platt 2003, "Best Practices for Convolutional Neural Networks", section 2 (elastic
     distortions).
@@ -60,13 +60,13 @@ def warp(images: Tensor, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a classifier is trained.
+    """The training settings of a classifier.
 
     Attributes:
-        distort: what is done to the images, afresh in every epoch.
-        epochs: passes over the training images.
+        distort: the distortion of the images, new in every epoch.
+        epochs: number of passes over the training images.
         rate: the highest learning rate.
-        seed: of weights, order and distortions.
+        seed: random seed of weights, order and distortions.
     """
 
     distort: Callable[[Tensor, torch.Generator], Tensor]
@@ -76,11 +76,11 @@ class Recipe:
 
 
 RECIPES = {"digitnet": Recipe(turn, 12, 0.01, seed=0), "resnet": Recipe(warp, 10, 0.004, seed=1)}
-"""How the classifiers are trained: by nothing that both share, so that they err apart."""
+"""The training settings by classifier. The two share none of them, because they should make different mistakes."""
 
 
 def train(name: str, images: Tensor, labels: Tensor, epochs: int, seed: int, batch_size: int = 100) -> Reader:
-    """Train a classifier on images uint8 (N, 28, 28) with their labels (N,), distorted afresh in every epoch."""
+    """Train a classifier on images uint8 (N, 28, 28) with their labels (N,). Each epoch distorts the images in a new way."""
     recipe = RECIPES[name]
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -99,15 +99,15 @@ def train(name: str, images: Tensor, labels: Tensor, epochs: int, seed: int, bat
 
 
 def main() -> None:
-    """Train, measure on the official test images, and write the weights."""
+    """Train a classifier, measure it on the official test images, and write its weights."""
     parser = CommandParser(prog="python -m flowmatch_mnist.digitnet", description=__doc__)
     add = parser.add_argument
     add("--net", choices=READERS, default="digitnet", help="which classifier (default: digitnet)")
-    add("--data-dir", type=Path, default=Path("data"), help="where MNIST is, or is put (default: data)")
-    add("--epochs", type=int, help="passes over the training images (default: 12, of resnet 10)")
-    add("--seed", type=int, help="of weights, order and distortions (default: 0, of resnet 1)")
-    add("--out", type=Path, help="where the weights go (default: into the package)")
-    add("--measure", action="store_true", help="train nothing; measure the weights that are in the package anew")
+    add("--data-dir", type=Path, default=Path("data"), help="folder of MNIST; missing files are downloaded (default: data)")
+    add("--epochs", type=int, help="passes over the training images (default: 12, for resnet 10)")
+    add("--seed", type=int, help="random seed of weights, order and distortions (default: 0, for resnet 1)")
+    add("--out", type=Path, help="file for the weights (default: the file in the package)")
+    add("--measure", action="store_true", help="do not train; measure the weights in the package again")
     options = parser.parse_args()
     recipe = RECIPES[options.net]
     epochs = recipe.epochs if options.epochs is None else options.epochs
@@ -126,12 +126,12 @@ def main() -> None:
         }
     sight = Sight(net, test)
     accuracy = share(sight.right).value
-    # The evaluator's baseline: what training digits get beside the test digits, as many of each class.
+    # The evaluator's baseline: as many real training digits of each class, compared with the test digits.
     scores = sight.baseline(training[0], draw_like(training[1], counts_of(test[1])))
     real = json.dumps({"beside": fingerprint(test[0]), "scores": scores})
     measured = {"test_accuracy": f"{accuracy:.4f}", "real digits": real}
     save_weights(out, net.state_dict(), metadata | measured)
-    print(f"{accuracy:.2%} of the {len(test[1]):,} test images read right; wrote {out}")
+    print(f"read {accuracy:.2%} of the {len(test[1]):,} test images correctly; wrote {out}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m flowmatch_mnist.export --out digits.pt2
     python -m flowmatch_mnist.export --out digits.onnx           (pip install -e '.[onnx]')
 
-The file holds the weights and all steps of the sampler. It takes noise, float32 (N, 1, 28, 28), standard normal, and labels,
-int64 (N,), 0 to 9, and gives images, uint8 (N, 28, 28):
+The file contains the weights and all steps of the sampler. Its inputs are noise, float32 (N, 1, 28, 28), standard normal, and
+labels, int64 (N,), 0 to 9. Its output is images, uint8 (N, 28, 28):
 
     torch.export.load("digits.pt2").module()(torch.randn(3, 1, 28, 28), torch.tensor([7, 7, 7]))
     onnxruntime.InferenceSession("digits.onnx").run(None, {"noise": noise, "labels": labels})
@@ -19,20 +19,20 @@ from flowmatch_mnist.support.errors import CommandParser, exit_on_error
 
 
 def main() -> None:
-    """Write a file."""
+    """Parse the command line and write the file."""
     parser = CommandParser(prog="python -m flowmatch_mnist.export", description=__doc__)
     add = parser.add_argument
-    add("--weights", help="a checkpoint, or a name of weights in the package (default: as sample.py's)")
-    add("--out", type=Path, default=Path("digits.pt2"), help=".pt2 or .onnx (default: digits.pt2)")
-    add("--steps", type=int, help="of the solver (default: the model's own)")
-    add("--solver", help="(default: the model's own)")
-    add("--guidance", type=float, help="(default: the model's own)")
+    add("--weights", help="a checkpoint, or a name of weights in the package (default: the newest run, else mnist)")
+    add("--out", type=Path, default=Path("digits.pt2"), help="file to write, .pt2 or .onnx (default: digits.pt2)")
+    add("--steps", type=int, help="number of solver steps (default: the model's own)")
+    add("--solver", help="solver (default: the model's own)")
+    add("--guidance", type=float, help="guidance scale (default: the model's own)")
     options = parser.parse_args()
     path, flow, sampler = load_digits(weights_path(options.weights) if options.weights else None, "cpu")
     sampler = with_changes(flow, sampler, {name: getattr(options, name) for name in ("steps", "solver", "guidance")})
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     export(flow, sampler, options.out)
-    print(f"wrote {options.out}, {path} with {sampler.description()}")
+    print(f"wrote {options.out} from {path} with {sampler.description()}")
 
 
 if __name__ == "__main__":

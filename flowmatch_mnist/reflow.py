@@ -1,9 +1,9 @@
-"""Draw the pairs of noise and data that a student of reflow is trained on, with a teacher.
+"""Draw pairs of noise and data with a teacher. A student of reflow trains on these pairs.
 
     python -m flowmatch_mnist.reflow --pairs 20000 --out pairs
     python train.py --config configs/reflow.yaml
 
-See `data/reflow.py` for what reflow is.
+`data/reflow.py` explains reflow.
 """
 
 from pathlib import Path
@@ -15,21 +15,21 @@ from flowmatch_mnist.support.errors import CommandParser, UserError, exit_on_err
 
 
 def main() -> None:
-    """Draw pairs with a teacher."""
+    """Parse the command line and draw the pairs."""
     parser = CommandParser(prog="python -m flowmatch_mnist.reflow", description=__doc__)
     add = parser.add_argument
-    add("--teacher", help="a checkpoint, or a name of weights in the package (default: as sample.py's)")
-    add("--pairs", type=int, default=20_000, help="how many, in files of 2,500 (default: 20000)")
-    add("--out", type=Path, default=Path("pairs"), help="the folder of the files (default: pairs)")
-    add("--steps", type=int, help="of the teacher's solver (default: the model's own)")
-    add("--solver", help="of the teacher (default: the model's own)")
+    add("--teacher", help="a checkpoint, or a name of weights in the package (default: the newest run, else mnist)")
+    add("--pairs", type=int, default=20_000, help="number of pairs, rounded up to files of 2,500 (default: 20000)")
+    add("--out", type=Path, default=Path("pairs"), help="folder for the files (default: pairs)")
+    add("--steps", type=int, help="steps of the teacher's solver (default: the model's own)")
+    add("--solver", help="solver of the teacher (default: the model's own)")
     add(
         "--guidance",
         type=float,
-        help="of the teacher; it is in the pairs, and the student needs none (default: the model's own)",
+        help="guidance scale of the teacher; it is part of the pairs, so the student needs none (default: the model's own)",
     )
-    add("--seed", type=int, default=0, help="of the noise (default: 0)")
-    add("--batch-size", type=int, help="samples carried at a time (default: 100 on a processor, 1000 on a GPU)")
+    add("--seed", type=int, default=0, help="random seed of the noise (default: 0)")
+    add("--batch-size", type=int, help="samples drawn at a time (default: 100 on a CPU, 1000 on a GPU)")
     add("--device", default=default_device())
     options = parser.parse_args()
     if options.pairs < 1 or (options.batch_size is not None and options.batch_size < 1):

@@ -1,8 +1,8 @@
-"""Build the page in this folder: `python docs/demo/build.py`, then serve the folder, as it is, by any static host.
+"""Build the page in this folder with `python docs/demo/build.py`. Any static host can then serve the folder.
 
-Writes into `built/` what the page needs: two velocity fields as ONNX, noise, the settings of the sampler, and ONNX Runtime from
-its npm package. So the page fetches nothing from anyone else. Needs npm, and `pip install -e '.[onnx]'`. The field of the plane
-is trained first, in a minute, unless a checkpoint of it is given.
+The script writes these files into `built/`: two velocity fields as ONNX, noise, the settings of the sampler, and ONNX Runtime
+from its npm package. So the page loads nothing from other servers. The script needs npm and `pip install -e '.[onnx]'`. Without
+--plane, it first trains the field of the plane, in a minute.
 
     python docs/demo/build.py && python -m http.server -d docs/demo
 """
@@ -36,30 +36,30 @@ ROOT = HERE.parent.parent
 RUNTIME = "onnxruntime-web@1.27.0"
 PROGRAM, BINARY = "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"
 NOISES = 100
-"""Digits that the page draws from the same noise as `sample.py` with seed 0; after those it draws noise of its own."""
+"""Number of digits with the same noise as in `sample.py` with seed 0. The browser draws all other noise itself."""
 
 
 class Field(nn.Module):
-    """A network with the labels as int32, which JavaScript has arrays of: x (n, ...), t (n,), y (n,) -> v (n, ...)."""
+    """A network with labels in int32, because JavaScript has arrays of int32: x (n, ...), t (n,), y (n,) -> v (n, ...)."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """The velocity."""
+        """Return the velocity."""
         velocity: Tensor = self.net(x, t, y.long())
         return velocity
 
 
 def write_field(flow: Flow, path: Path) -> None:
-    """Write a velocity field as ONNX, with its large weights in 16 bits.
+    """Write a velocity field as ONNX. Large weights are stored in 16 bits.
 
     Raises:
-        UserError: if the network predicts something else than the velocity on the straight path.
+        UserError: if the network does not predict the velocity on the straight path.
     """
     if (flow.path, flow.prediction) != ("linear", "velocity"):
-        raise UserError(f"the page integrates a velocity on the linear path, not {flow.prediction} on {flow.path}")
+        raise UserError(f"the page needs velocity on the linear path, not {flow.prediction} on {flow.path}; use other weights")
     n = torch.export.Dim("n", min=1)
     example = (torch.randn(2, *flow.net.shape), torch.rand(2), torch.tensor([0, 1], dtype=torch.int32))
     flow.net.to(memory_format=torch.contiguous_format)
@@ -91,12 +91,12 @@ def write_field(flow: Flow, path: Path) -> None:
 
 
 def fetch_runtime(built: Path) -> None:
-    """Take ONNX Runtime out of its npm package, its binary compressed: the page unpacks it."""
+    """Extract ONNX Runtime from its npm package, and compress its binary. The page decompresses it."""
     with tempfile.TemporaryDirectory() as scratch:
         try:
             package = npm_pack(RUNTIME, Path(scratch))
         except OSError as error:
-            raise UserError(f"could not fetch {RUNTIME}: {error}; the page needs it, and npm to fetch it") from error
+            raise UserError(f"cannot download {RUNTIME}: {error}; install npm, or check the network") from error
         with tarfile.open(package) as archive:
             for name, target, pack in ((PROGRAM, "ort.mjs", bytes), (BINARY, "ort.wasm.gz", gzip.compress)):
                 content = archive.extractfile(f"package/dist/{name}")
@@ -106,18 +106,18 @@ def fetch_runtime(built: Path) -> None:
 
 
 def train_plane() -> Path:
-    """Train the second lesson; its checkpoint."""
+    """Train the second lesson, and return the path of its checkpoint."""
     config = ROOT / "configs" / "toy_prompted.yaml"
     subprocess.run([sys.executable, ROOT / "train.py", "fit", "--config", config], check=True)
     return newest_checkpoint(name="toy_prompted")
 
 
 def main() -> None:
-    """Build."""
+    """Parse the command line and build the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", default="mnist", help="of the digits: a checkpoint, or a name (default: mnist)")
-    parser.add_argument("--plane", type=Path, help="a checkpoint of configs/toy_prompted.yaml (default: train one)")
-    parser.add_argument("--out", type=Path, default=HERE / "built", help="the folder (default: docs/demo/built)")
+    parser.add_argument("--weights", default="mnist", help="weights for the digits: a checkpoint or a name (default: mnist)")
+    parser.add_argument("--plane", type=Path, help="checkpoint of configs/toy_prompted.yaml (default: train one)")
+    parser.add_argument("--out", type=Path, default=HERE / "built", help="folder for the files (default: docs/demo/built)")
     options = parser.parse_args()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     flow, sampler = load(weights_path(options.weights))

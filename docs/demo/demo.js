@@ -1,4 +1,4 @@
-// What the page shows, and what it does when somebody touches it. The flow itself is in flow.js.
+// The user interface of the page. The flow itself is in flow.js.
 import { dpmpp, euler, heun, load, normal } from "./flow.js";
 
 const SIZE = 784;
@@ -8,7 +8,7 @@ const say = (text, isError = false) => {
   find("#status").classList.toggle("error", isError);
 };
 
-/** Show each slider's value beside it. */
+/** Show the value of a slider next to it. */
 function label(input, text = (value) => value) {
   const output = input.parentElement.querySelector("output");
   const show = () => { output.value = text(input.value); };
@@ -17,7 +17,7 @@ function label(input, text = (value) => value) {
   return show;
 }
 
-/** One job at a time: the newest one; an older one ends at its next step. */
+/** Run one job at a time. A new job ends the older one at its next step. */
 let newest = 0;
 async function alone(job) {
   const mine = ++newest;
@@ -28,10 +28,10 @@ async function alone(job) {
   }
 }
 
-/** Let the browser paint. */
+/** Give the browser time to paint. */
 const breathe = () => new Promise((done) => { setTimeout(done); });
 
-/** Paint digits, numbers from -1 to 1, side by side. */
+/** Paint digits side by side. Their pixels are numbers from -1 to 1. */
 function paint(canvas, x) {
   const count = x.length / SIZE;
   const small = new OffscreenCanvas(30 * count, 30);
@@ -58,7 +58,7 @@ function digits({ digits: field, noise, settings }) {
   const { labels, steps, guidance, same, again } = form.elements;
   const time = find("#time");
   const own = settings.sampler;
-  const link = new URLSearchParams(location.hash.slice(1)); // such as #labels=31415&steps=20
+  const link = new URLSearchParams(location.hash.slice(1)); // for example #labels=31415&steps=20
   labels.value = link.get("labels") ?? labels.value;
   steps.value = link.get("steps") ?? own.steps;
   guidance.value = link.get("guidance") ?? own.guidance;
@@ -97,7 +97,10 @@ function digits({ digits: field, noise, settings }) {
   return draw();
 }
 
-/** A stroke as MNIST would hold it: its box scaled to 20 pixels, its mass in the middle of 28. Numbers from -1 to 1, or null. */
+/**
+ * Return the drawing in MNIST's format: its box scaled to 20 pixels, its centre of mass in the middle of 28 by 28 pixels.
+ * The pixels are numbers from -1 to 1. If the pad is empty, return null.
+ */
 function prepare(pad) {
   const { data, width, height } = pad.getContext("2d").getImageData(0, 0, pad.width, pad.height);
   let [left, top, right, bottom] = [width, height, -1, -1];
@@ -155,24 +158,24 @@ function hand({ digits: field, settings }) {
       let noise = digit;
       for await (const state of heun((x, t) => field.velocity(x, t, mine), digit, steps, 1, 0)) {
         noise = state;
-        say("Going back to the noise of your digit.");
+        say("Finding the noise of your digit.");
         await breathe();
         if (stopped()) return undefined;
       }
       const y = [...Array(10).keys()];
       const x = new Float32Array(10 * SIZE);
       y.forEach((n) => x.set(noise, n * SIZE));
-      const asked = { guidance: 2 }; // strong, since the noise of a digit is unlike the noise of another class
+      const asked = { guidance: 2 }; // strong, because the noise of a digit differs from the noise of other classes
       const shown = new Float32Array(11 * SIZE);
       shown.set(digit);
       for await (const state of dpmpp((at, t) => field.guided(at, t, y, asked), x, settings.sampler.steps)) {
         shown.set(state, SIZE);
         paint(find("#hands"), shown);
-        say("Drawing ten digits from it.");
+        say("Drawing ten digits from this noise.");
         await breathe();
         if (stopped()) return undefined;
       }
-      return say("Drew ten digits in your hand.");
+      return say("Drew ten digits in your handwriting.");
     });
   });
 }
@@ -183,7 +186,7 @@ function plane({ plane: field }) {
   const { label: prompt, steps, clear } = form.elements;
   const time = find("#moment");
   const pen = canvas.getContext("2d");
-  const [low, high, top] = [-6, 14, 4.5]; // of the plane; the network sees it half as large
+  const [low, high, top] = [-6, 14, 4.5]; // borders of the shown plane; the network's coordinates are half of these
   const unit = canvas.width / (high - low);
   const at = (x, y) => [(2 * x - low) * unit, (top - 2 * y) * unit];
   let points = new Float32Array(0);

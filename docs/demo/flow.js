@@ -1,7 +1,7 @@
 // The flow in the browser: two velocity fields v(x, t, y), and the solvers that follow them from noise to data.
-// The same mathematics as flowmatch_mnist/flow/solvers.py and guidance.py.
+// The mathematics is the same as in flowmatch_mnist/flow/solvers.py and guidance.py.
 
-/** A file of built/, as a Response; a sentence for people if it is not there. */
+/** Return a file of built/ as a Response. If it is missing, throw an error that says what to do. */
 async function file(name) {
   const answer = await fetch(`built/${name}`).catch(() => null);
   if (!answer?.ok) {
@@ -10,13 +10,13 @@ async function file(name) {
   return answer;
 }
 
-/** A field for samples of some numbers each. */
+/** A velocity field. A sample is an array of `size` numbers with the given shape. */
 export class Field {
   constructor(runtime, session, shape) {
     Object.assign(this, { runtime, session, shape, size: shape.reduce((a, b) => a * b), evaluations: 0 });
   }
 
-  /** The velocities at the points x (n times size) at the time t, for the labels y (n). */
+  /** Return the velocities at the points x (n times size) and the time t, for the labels y (n). */
   async velocity(x, t, y) {
     const { Tensor } = this.runtime;
     const n = y.length;
@@ -29,7 +29,10 @@ export class Field {
     return v.data;
   }
 
-  /** The same with guidance: without + scale (with - without), in an interval of t; both in one batch of twice the size. */
+  /**
+   * Return the velocities with guidance in an interval of t: without + scale (with - without), where "with" and "without" are
+   * the velocities with and without the label. One batch of twice the size computes both.
+   */
   async guided(x, t, y, { guidance = 1, interval = [0, 1], nothing = 10 } = {}) {
     if (guidance === 1 || t < interval[0] || t > interval[1]) return this.velocity(x, t, y);
     const both = new Float32Array(2 * x.length);
@@ -42,7 +45,7 @@ export class Field {
 
 const logSnr = (t) => 2 * Math.log(t / (1 - t));
 
-/** The states from noise to data by DPM-Solver++(2M): an estimate of the data in each step, extrapolated from the last two. */
+/** Yield the states of DPM-Solver++(2M) from noise to data. Each step estimates the data once and extrapolates the last two. */
 export async function* dpmpp(velocity, x, steps) {
   let before = null;
   let last = Infinity;
@@ -62,7 +65,7 @@ export async function* dpmpp(velocity, x, steps) {
   }
 }
 
-/** The states by Heun's steps, from one time to another: forwards to data, or backwards to noise. */
+/** Yield the states of Heun's method from one time to another: forwards to data, or backwards to noise. */
 export async function* heun(velocity, x, steps, from = 0, to = 1) {
   const h = (to - from) / steps;
   for (let i = 0; i < steps; i++) {
@@ -74,7 +77,7 @@ export async function* heun(velocity, x, steps, from = 0, to = 1) {
   }
 }
 
-/** The states by Euler's steps. */
+/** Yield the states of Euler's method. */
 export async function* euler(velocity, x, steps) {
   for (let i = 0; i < steps; i++) {
     const v = await velocity(x, i / steps);
@@ -83,13 +86,13 @@ export async function* euler(velocity, x, steps) {
   }
 }
 
-/** Standard normal numbers, by Box and Muller. */
+/** Return standard normal random numbers, by the Box-Muller transform. */
 export function normal(count) {
   return Float32Array.from({ length: count }, () =>
     Math.sqrt(-2 * Math.log(1 - Math.random())) * Math.cos(2 * Math.PI * Math.random()));
 }
 
-/** Both fields, the noise of sample.py's seed 0, and how the weights are to be sampled. */
+/** Load both fields, the noise of sample.py with seed 0, and the settings of the sampler. */
 export async function load() {
   const [settings, noise, digits, plane, packed] = await Promise.all(
     ["settings.json", "noise.bin", "digits.onnx", "plane.onnx", "ort.wasm.gz"].map(file));
@@ -97,7 +100,7 @@ export async function load() {
   const runtime = await import("./built/ort.mjs");
   const unpacked = new Response(packed.body.pipeThrough(new DecompressionStream("gzip")));
   runtime.env.wasm.wasmBinary = await unpacked.arrayBuffer();
-  runtime.env.wasm.numThreads = 1; // more need headers that a plain static host does not send
+  runtime.env.wasm.numThreads = 1; // more threads need headers that a plain static host does not send
   const open = async (model, shape) =>
     new Field(runtime, await runtime.InferenceSession.create(new Uint8Array(await model.arrayBuffer())), shape);
   return {
