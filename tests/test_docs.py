@@ -1,11 +1,19 @@
 """What the README and docs/ tell a reader to type does what they say."""
 
+import importlib.util
+import json
 import re
 import shlex
+import warnings
 
+import matplotlib.pyplot as plt
 import pytest
 from conftest import ROOT, run_here, unix
 from test_strokes import seven
+
+spec = importlib.util.spec_from_file_location("notebooks", ROOT / "docs" / "notebooks.py")
+notebooks = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(notebooks)
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / ".github" / "CONTRIBUTING.md"]
 
@@ -27,13 +35,29 @@ def commands():
 
 def test_the_code_of_the_pages_runs(tmp_path, monkeypatch, data_dir):
     monkeypatch.chdir(tmp_path)
+    plt.switch_backend("agg")
     ran = 0
     for page in PAGES:
         names: dict = {"__name__": "__main__"}
         for block in blocks(page, "python"):
-            exec(compile(block, f"{page.name}", "exec"), names)
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # there is no window to show a figure in
+                exec(compile(block, f"{page.name}", "exec"), names)
+            plt.close("all")
             ran += 1
-    assert ran > 10
+    assert ran >= 20
+
+
+@pytest.mark.parametrize("page", notebooks.PAGES)
+def test_a_notebook_is_its_page_with_outputs(page):
+    """If this fails, run `python docs/notebooks.py`."""
+    stored = json.loads((ROOT / "docs" / f"{page}.ipynb").read_text(encoding="utf-8"))["cells"]
+    fresh = notebooks.cells(page)
+    assert [(c["cell_type"], "".join(c["source"])) for c in stored] == [(c["cell_type"], c["source"]) for c in fresh]
+    codes = [cell for cell in stored if cell["cell_type"] == "code"]
+    assert all(output["output_type"] != "error" for cell in codes for output in cell["outputs"])
+    for cell, name in zip(codes, notebooks.pictures(page), strict=True):
+        shown = ["image/png" in output.get("data", {}) for output in cell["outputs"]]
+        assert sum(shown) == (name is not None), f"{page}.md: {name}"
 
 
 @unix
