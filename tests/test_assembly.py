@@ -20,7 +20,7 @@ from flowmatch_mnist.sampling.weights import KEY
 from flowmatch_mnist.support.errors import UserError
 from flowmatch_mnist.support.files import save_checkpoint
 from flowmatch_mnist.training import cli
-from flowmatch_mnist.training.arguments import complete, find_checkpoint, option, run_folder
+from flowmatch_mnist.training.arguments import complete, find_checkpoint, find_config, option, run_folder
 from flowmatch_mnist.training.best import KeepBest
 from flowmatch_mnist.training.config import LogConfig
 from flowmatch_mnist.training.folder import RunFolder
@@ -159,13 +159,13 @@ def test_several_processes_are_told_what_they_take_together(processes, lines, ca
     cli.CLI.announce(SimpleNamespace(trainer=trainer, model=model, folder=None, datamodule=SimpleNamespace(batch_size=9)))
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"training NoneType (0.01 M parameters) on {processes} x cpu in 32-true, into no folder"
-    assert len(said) == lines and (lines == 1 or "9 samples each, 18 a step; for the steps of one process set" in said[1])
+    assert len(said) == lines and (lines == 1 or "9 samples each, 18 a step; to match one process, set" in said[1])
 
 
 def test_two_processes_are_told_what_they_take_together(assemble):
     said = assemble("--trainer.devices", 2, "--trainer.accelerator", "cpu", "--trainer.strategy", "ddp").done.stdout
     assert "on 2 x cpu" in said and "2 processes take 16 samples each, 32 a step" in said
-    assert "set --data.batch_size 8;" in said and "such as 1.4 times" in said
+    assert "set --data.batch_size 8; to keep the larger batch" in said and "by a factor of 1.4" in said
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_bf16_is_for_hardware_that_computes_in_it(monkeypatch, accelerator, cuda
         (["--help", "fit"], ["--help", "fit"]),
         (["--name", "x"], ["fit", "--config", "configs/mnist.yaml", "--name", "x"]),
         *[([command], [command, "--config", "configs/mnist.yaml"]) for command in ("fit", "validate", "test", "predict")],
-        (["--name", "x", "-c", "a.yaml", "--config=b.yaml"], ["fit", "--config", "a.yaml", "--config=b.yaml", "--name", "x"]),
+        (["--name", "x", "-c", "a.yaml", "--config=b.yaml"], ["fit", "--config", "a.yaml", "--config", "b.yaml", "--name", "x"]),
         (["test", "--config"], ["test", "--config", ""]),
     ],
 )
@@ -341,6 +341,18 @@ def test_what_may_be_left_out(given, completed, tmp_path, monkeypatch):
     (tmp_path / "configs/mnist.yaml").unlink()
     there = str(TINY.parents[1] / "configs/mnist.yaml")
     assert complete(given) == [there if part == "configs/mnist.yaml" else part for part in completed]
+
+
+def test_a_config_of_the_project_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = str(TINY.parents[1] / "configs/quick.yaml")
+    for name in ("quick", "quick.yaml", "configs/quick.yaml"):
+        assert find_config(name) == shipped
+    for other in ("quicker", "mine/quick.yaml", "quick.yml", ""):
+        assert find_config(other) == other
+    (tmp_path / "quick.yaml").touch()
+    assert find_config("quick.yaml") == "quick.yaml"  # a file of the user's comes first
+    assert complete(["--config=quick"]) == ["fit", "--config", shipped]
 
 
 def test_a_checkpoints_run_brings_its_config_and_its_name(tmp_path, monkeypatch):

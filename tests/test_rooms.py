@@ -1,6 +1,7 @@
 """The layout of the house: imports go one way only, the theory needs no trainer, and a wheel holds all of it."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -162,6 +163,7 @@ def test_a_wheel_draws_away_from_the_checkout(tmp_path):
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     shutil.copytree(PACKAGE, tree / "flowmatch_mnist", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "configs", tree / "configs")
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
     subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, tree], check=True)
     (wheel,) = tmp_path.glob("*.whl")
@@ -175,3 +177,12 @@ def test_a_wheel_draws_away_from_the_checkout(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "site", capture_output=True, text=True, check=False)
     assert done.stdout.strip() == f"{tmp_path / 'site/flowmatch_mnist/__init__.py'} torch.Size([2, 28, 28]) 2", done.stderr
+    for name, options, words in (
+        ("flowmatch-sample", ["7", "--steps", "1"], "wrote digits.png"),
+        ("flowmatch-sample", ["--help"], "usage: flowmatch-sample"),
+        ("flowmatch-train", ["fit", "--config", "toy", "--print_config"], "CurveDataModule"),
+    ):
+        command = [sys.executable, tmp_path / "site/bin" / name, *options]
+        environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and words in done.stdout, done.stderr

@@ -1,14 +1,14 @@
-"""What may be left out of a command line, and which run a checkpoint belongs to."""
+"""Completing a command line, and finding checkpoints and the runs that they belong to."""
 
 import re
+from importlib import metadata
 from pathlib import Path
 
 from flowmatch_mnist.sampling.weights import newest_checkpoint
 
 RUNS = Path("runs")
-DEFAULT_CONFIG = Path("configs/mnist.yaml")
 NEWEST = ("last", "best")
-"""What stands for a checkpoint of the newest run."""
+"""Names for the checkpoints of the newest run."""
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 MOVED = {
     "unet": "networks.unet",
@@ -20,24 +20,42 @@ MOVED = {
     "toy": "data.curve",
     "reflow": "data.reflow",
 }
-"""Where the files are whose classes a config from before version 0.1.0 names."""
+"""The module paths of today, by the module names in configs from before version 0.1.0."""
 
 
 def today(text: str) -> str:
-    """A text with the class paths of before version 0.1.0 as they are today."""
+    """Return a text in which today's class paths replace those from before version 0.1.0."""
     return re.sub(r"\bflowmatch_mnist\.(\w+)(?=\.[A-Z])", lambda m: f"flowmatch_mnist.{MOVED.get(m[1], m[1])}", text)
 
 
 def run_folder(checkpoint: Path) -> Path | None:
-    """The run whose checkpoint this is, whatever its folder is called, or None for a file that lies elsewhere."""
+    """Return the folder of the run that a checkpoint belongs to, whatever its name, or None if the file is not in a run."""
     folder = checkpoint.parent.parent
     return folder if checkpoint.parent.name == "checkpoints" and (folder / "config.yaml").is_file() else None
 
 
-def complete(arguments: list[str]) -> list[str]:
-    """Fill in what may be left out of a command line: `fit`, and the config. Configs come first, other options overrule them.
+def shipped_configs() -> Path:
+    """Return the folder of this project's configs: in a clone, or where the wheel's data files are installed."""
+    root = Path(__file__).resolve().parents[2]
+    installed = [Path(str(file.locate())).resolve().parent for file in metadata.files("flowmatch-mnist") or []]
+    # `pip install --target` moves the data files, but does not record it.
+    folders = [root / "configs", root / "share/flowmatch-mnist/configs", *installed]
+    return next((folder for folder in folders if (folder / "mnist.yaml").is_file()), folders[0])
 
-    Without a config, a checkpoint's run brings its own; otherwise it is `configs/mnist.yaml`.
+
+def find_config(wanted: str) -> str:
+    """Return the path of a config: the file itself, or this project's config of that name, such as `quick`."""
+    path = Path(wanted)
+    shipped = shipped_configs() / f"{path.stem}.yaml"
+    named = path.suffix in ("", ".yaml") and path.parent in (Path(), Path("configs"))
+    return str(shipped) if named and not path.is_file() and shipped.is_file() else wanted
+
+
+def complete(arguments: list[str]) -> list[str]:
+    """Return a command line with its omitted parts filled in: `fit`, and the config.
+
+    Configs come first, so the other options overrule them. Without a config, the config of the checkpoint's run is used, or
+    `configs/mnist.yaml` if there is no such run.
     """
     arguments = [today(argument) for argument in arguments]
     if arguments[:1] in (["-h"], ["--help"]):
@@ -49,12 +67,14 @@ def complete(arguments: list[str]) -> list[str]:
     rest = iter(arguments[1:])
     for argument in rest:
         if argument in ("-c", "--config"):
-            configs += ["--config", next(rest, "")]
+            configs += ["--config", find_config(next(rest, ""))]
+        elif argument.startswith("--config="):
+            configs += ["--config", find_config(argument.removeprefix("--config="))]
         else:
-            (configs if argument.startswith("--config=") else others).append(argument)
+            others.append(argument)
     if configs:
         return [arguments[0], *configs, *others]
-    config = DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else Path(__file__).resolve().parents[2] / DEFAULT_CONFIG
+    config = Path(find_config("configs/mnist.yaml"))
     checkpoint = option(arguments, "--ckpt_path")
     if checkpoint is not None:
         root, name = Path(option(arguments, "--trainer.default_root_dir") or RUNS), option(arguments, "--name")
@@ -62,12 +82,12 @@ def complete(arguments: list[str]) -> list[str]:
         if folder is not None:
             config = folder / "config.yaml"
             if name is None and checkpoint in NEWEST:
-                others += ["--name", folder.parent.name]  # the folder may have been renamed since
+                others += ["--name", folder.parent.name]  # the folder may have a new name now
     return [arguments[0], "--config", str(config), *others]
 
 
 def option(arguments: list[str], name: str) -> str | None:
-    """The value given to an option, as `--name value` or `--name=value`."""
+    """Return the value of an option, given as `--name value` or `--name=value`, or None if the option is absent."""
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         if argument == name:
             return following
@@ -77,5 +97,5 @@ def option(arguments: list[str], name: str) -> str | None:
 
 
 def find_checkpoint(wanted: str, name: str | None, root: Path) -> Path:
-    """A checkpoint by its path; or `last` or `best`, that of the newest run below `root` (called `name`, if one is given)."""
+    """Return a checkpoint's path. `last` and `best` mean the newest run below `root` (called `name`, if a name is given)."""
     return newest_checkpoint(root, name, f"{wanted}.ckpt") if wanted in NEWEST else Path(wanted)
