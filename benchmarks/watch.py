@@ -1,4 +1,4 @@
-"""Which lines of the package each test passes through: the suite is run once, in one process, under coverage."""
+"""Record which lines of the package each test passes through: run the suite once, in one process, under coverage."""
 
 import hashlib
 import importlib
@@ -16,14 +16,16 @@ from mutations import FILES, PACKAGE, path_of
 
 ROOT = PACKAGE.parent
 WATCHED = ROOT / ".pytest_cache" / "watched.json"
-"""Where what was recorded is kept."""
+"""The file with the record."""
 
 
 class Watch:
-    """A plugin of pytest: the lines of each test, and of each fixture that tests share; its seconds; and whether it is alone.
+    """A pytest plugin. For each test and shared fixture it records the lines and the seconds.
+
+    It also records whether a test is alone, which means that it starts no process.
 
     Args:
-        coverage: that runs already.
+        coverage: the coverage measurement, which runs already.
     """
 
     def __init__(self, coverage: Any) -> None:
@@ -33,7 +35,7 @@ class Watch:
         self.context = "import"
 
     def turn(self, context: str) -> None:
-        """Ascribe the lines from here on to this test or fixture."""
+        """Assign the lines from now on to this test or fixture."""
         self.context = context
         self.coverage.switch_context(context)
 
@@ -66,13 +68,13 @@ class Watch:
         self.tests[report.nodeid]["seconds"] += report.duration
 
     def hear(self, event: str, arguments: Any) -> None:
-        """A hook of Python's audit: a process that is started runs the code as it is, and so does its test."""
+        """Note which test starts a process (a Python audit hook): a new process runs the unchanged code, not the mutant."""
         if event == "subprocess.Popen" and self.context in self.tests:
             self.tests[self.context]["alone"] = False
 
 
 def state_of(paths: Iterable[Path]) -> str:
-    """A hash of what is in files."""
+    """Return a hash of the contents of files."""
     state = hashlib.sha256()
     for path in sorted(paths):
         state.update(path.read_bytes())
@@ -80,20 +82,21 @@ def state_of(paths: Iterable[Path]) -> str:
 
 
 def record() -> dict[str, Any]:
-    """What was recorded for the package and its tests as they are. What has changed is recorded anew, in a process of its own.
+    """Return the record for the current package and tests. Record changed files again, in a separate process.
 
     Returns:
-        `tests`: by name, their seconds, fixtures, and whether they start no process; `fixtures`: those that are shared, and
-        their seconds; `lines`: by file and line, the tests and fixtures that pass through; `modules`: what else they import.
+        `tests`: for each test, its seconds, its fixtures, and whether it starts no process. `fixtures`: the seconds of each
+        shared fixture. `lines`: for each file and line, the tests and fixtures that pass through it. `modules`: the other
+        modules that the tests import.
     """
-    # That of the settings looks at no code, but at the table that comes of this.
+    # test_settings.py tests no code, only the table that this record leads to.
     tests = {path.name: state_of([path]) for path in (ROOT / "tests").glob("test_*.py") if path.name != "test_settings.py"}
     shared = state_of([*PACKAGE.rglob("*.py"), *(ROOT / "configs").glob("*"), ROOT / "tests/conftest.py"])
     known: dict[str, Any] = json.loads(WATCHED.read_text()) if WATCHED.exists() else {}
     if known.get("shared") != shared:
         known = {"shared": shared, "files": {}, "tests": {}, "fixtures": {}, "lines": {}, "modules": []}
     if stale := [name for name, state in tests.items() if known["files"].get(name) != state]:
-        print(f"running {len(stale)} files of tests under coverage", flush=True)
+        print(f"running {len(stale)} test files under coverage", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             found = Path(folder) / "found.json"
             subprocess.run([sys.executable, __file__, str(found), *stale], cwd=ROOT, check=True)
@@ -111,12 +114,12 @@ def record() -> dict[str, Any]:
 
 
 def file_of(test: str) -> str:
-    """The name of the file of a test."""
+    """Return the file name of a test."""
     return test.partition("::")[0].rpartition("/")[2]
 
 
 def main() -> None:
-    """Run files of tests, and write down what was seen."""
+    """Run test files, and write the record."""
     import coverage
 
     watched = coverage.Coverage(data_file=None, source=[str(PACKAGE)], config_file=False)
@@ -124,13 +127,13 @@ def main() -> None:
     sys.addaudithook(watch.hear)
     watched.start()
     watched.switch_context("import")
-    for file in FILES:  # else the first test that needs a library would count as a slow one
+    for file in FILES:  # else the first test that needs a library would seem slow
         importlib.import_module(f"flowmatch_mnist.{file}")
     options = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", "--durations=10"]
     status = pytest.main([*options, *(f"tests/{name}" for name in sys.argv[2:])], [watch])
     watched.stop()
     if status:
-        raise SystemExit("the tests fail on the code as it is; mend that first")
+        raise SystemExit("the tests fail on the unchanged code; fix that first")
     data = watched.get_data()
     lines = {file: data.contexts_by_lineno(str(path_of(file))) for file in FILES}
     ours = ("flowmatch_mnist", "test_", "conftest", "__main__", *(path.stem for path in Path(__file__).parent.glob("*.py")))
