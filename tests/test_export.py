@@ -105,6 +105,7 @@ def test_what_cannot_be_exported_is_told(tmp_path):
     assert_one_line_error(told("--out", "digits.txt"), "digits.txt", ".pt2")
     assert_one_line_error(told("--solver", "dopri5"), "solver")
     assert_one_line_error(told("--solver", "average"), "mean velocities")
+    assert_one_line_error(told("--solver", "euler", "--churn", 1), "--churn 0")
     assert_one_line_error(told("--weights", "nobody.ckpt"), "nobody.ckpt")
     assert_one_line_error(told("--steps", "few"), "--steps")
     assert not list(tmp_path.iterdir())
