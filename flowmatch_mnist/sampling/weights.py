@@ -145,7 +145,8 @@ def load_teacher(weights: str, student: Network, device: torch.device) -> Networ
     if (flow.path, flow.prediction) != ("linear", "velocity"):
         raise UserError(f"the teacher {weights} predicts {flow.prediction} on the {flow.path} path; use another")
     if (flow.net.shape, flow.net.no_label) != (student.shape, student.no_label):
-        raise UserError(f"the teacher {weights} draws samples of shape {flow.net.shape}, not {student.shape}; use another")
+        theirs, ours = (f"{net.no_label} classes of shape {tuple(net.shape)}" for net in (flow.net, student))
+        raise UserError(f"the teacher {weights} draws {theirs}, but the student draws {ours}; use another teacher")
     return flow.net.requires_grad_(False)
 
 
@@ -234,5 +235,6 @@ def load_digits(path: Path | None, device: str) -> tuple[Path, Flow, Sampler]:
     path = path or newest_or_packaged()
     flow, sampler = load(path, device)
     if flow.net.shape != (1, 28, 28) or flow.net.no_label != 10:
-        raise UserError(f"{path} draws no digits (its samples have shape {flow.net.shape}); use another --checkpoint")
+        drawn = f"{flow.net.no_label} classes of shape {tuple(flow.net.shape)}"
+        raise UserError(f"{path} draws no digits (it draws {drawn}); use another --checkpoint")
     return path, flow, sampler
