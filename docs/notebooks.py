@@ -2,8 +2,8 @@
 
     pip install -e '.[docs]' && python docs/notebooks.py
 
-A page is a Markdown file. Each of its Python blocks becomes a cell. The line `![...](NAME.png)` after a block names the file of
-the picture that the block shows; in the notebook the picture itself stands there.
+A page is a Markdown file. Each of its Python blocks becomes a cell. If a block shows a picture, the line `![...](NAME.png)`
+after the block names the file for that picture. The notebook has the picture as an output instead of this line.
 """
 
 import base64
@@ -40,7 +40,7 @@ def pictures(page: str) -> list[str | None]:
 
 def run(page: str) -> dict[str, Any]:
     """Execute a page's cells in order, and return the notebook with their outputs."""
-    # Imported here: whoever only compares pages and notebooks needs neither.
+    # Imported here, because comparing pages with notebooks needs neither.
     import nbformat
     from nbclient import NotebookClient
 

@@ -329,7 +329,10 @@ def test_bf16_is_for_hardware_that_computes_in_it(monkeypatch, accelerator, cuda
         (["--help", "fit"], ["--help", "fit"]),
         (["--name", "x"], ["fit", "--config", "configs/mnist.yaml", "--name", "x"]),
         *[([command], [command, "--config", "configs/mnist.yaml"]) for command in ("fit", "validate", "test", "predict")],
-        (["--name", "x", "-c", "a.yaml", "--config=b.yaml"], ["fit", "--config", "a.yaml", "--config", "b.yaml", "--name", "x"]),
+        (
+            ["-c", "a.yaml", "--name", "x", "--config=b.yaml"],
+            ["fit", *["--config", "a.yaml", "--config", "b.yaml"], "--name", "x"],
+        ),
         (["test", "--config"], ["test", "--config", ""]),
     ],
 )
