@@ -28,7 +28,7 @@ QUALITY = "quality"
 """The tags of all figures begin with this word."""
 
 
-def told(estimate: Estimate) -> dict[str, float]:
+def plain(estimate: Estimate) -> dict[str, float]:
     """Return a figure and its standard error in the form that files use."""
     return {"value": round(estimate.value, 6), "error": round(estimate.error, 6)}
 
@@ -147,7 +147,7 @@ class Evaluate(Periodic):
             {
                 "checkpoint": checkpoint.name,
                 "split": split,
-                "figures": {m.name: {"samples": told(m.samples), "real data": told(m.real)} for m in measurements},
+                "figures": {m.name: {"samples": plain(m.samples), "real data": plain(m.real)} for m in measurements},
                 f"loss/{split}": round(loss, 6),
                 "samples": len(samples.labels),
                 "sampler": asdict(module.sampler),
@@ -170,7 +170,7 @@ class Evaluate(Periodic):
             samples = self.sample(trainer, module, replace(module.sampler, steps=steps), split, self.samples)
             if trainer.is_global_zero:
                 measurements = self.measure(trainer, module, samples, split)
-                figures = {m.title: told(m.score) for m in measurements if m.tag in headlines}
+                figures = {m.title: plain(m.score) for m in measurements if m.tag in headlines}
                 points.append({"steps": steps, "evaluations": samples.evaluations, "samples": self.samples, "figures": figures})
         for title in points[0]["figures"] if points else []:
             curve = {point["evaluations"]: point["figures"][title]["value"] for point in points}
