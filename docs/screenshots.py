@@ -7,44 +7,20 @@ This starts TensorBoard for the runs, opens one of its tabs in Chromium or Chrom
 """
 
 import argparse
+import contextlib
 import shutil
-import socket
 import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 from pathlib import Path
+
+from tensorboard import program
 
 from flowmatch_mnist.support.errors import UserError, exit_on_error
 from flowmatch_mnist.support.files import replacing
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 TABS = ("images", "custom_scalars", "hparams", "text", "scalars", "timeseries")
-PATIENCE = 60
-"""Seconds until TensorBoard must answer."""
-
-
-def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        return int(server.getsockname()[1])
-
-
-def wait_for(url: str) -> None:
-    """Wait until a server answers."""
-    start = time.monotonic()
-    while True:
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-            return
-        except OSError as error:
-            if time.monotonic() - start > PATIENCE:
-                raise UserError(
-                    f"TensorBoard did not start within {PATIENCE} s ({error}); try `tensorboard --logdir` by hand"
-                ) from None
-            time.sleep(0.5)
 
 
 def photograph(browser: str, url: str, size: tuple[int, int], out: Path) -> None:
@@ -58,7 +34,7 @@ def photograph(browser: str, url: str, size: tuple[int, int], out: Path) -> None
 
 
 def main() -> None:
-    """Start TensorBoard, take the picture, and stop it."""
+    """Start TensorBoard and take the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--logdir", type=Path, default=Path("runs"), help="the folder of the runs (default: runs)")
     parser.add_argument("--tab", choices=TABS, default="images", help="which tab to open (default: images)")
@@ -70,18 +46,14 @@ def main() -> None:
         raise UserError(f"there is no browser; install one of {', '.join(BROWSERS)}")
     if not any(options.logdir.rglob("events.out.tfevents.*")):
         raise UserError(f"{options.logdir} holds no run; train one with `python train.py --config configs/quick.yaml`")
-    port = free_port()
-    # Started in the folder above, so that the picture shows the name of the folder and not its whole path.
-    logdir = options.logdir.resolve()
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", logdir.name, "--port", str(port), "--load_fast=false"]
-    server = subprocess.Popen(command, cwd=logdir.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        wait_for(f"http://localhost:{port}/data/logdir")
+    logdir, out = options.logdir.resolve(), options.out.resolve()
+    board = program.TensorBoard()
+    # The picture shows the folder as it is named here: its name in the folder above, and not its whole path.
+    with contextlib.chdir(logdir.parent):
+        board.configure(argv=[None, "--logdir", logdir.name, "--port", "0", "--load_fast", "false", "--reload_interval", "0"])
+        address = board.launch()
         time.sleep(5)  # TensorBoard answers before it has read the events
-        photograph(browser, f"http://localhost:{port}/#{options.tab}", options.size, options.out)
-    finally:
-        server.terminate()
-        server.wait()
+        photograph(browser, f"{address}#{options.tab}", options.size, out)
     print(f"wrote {options.out}")
 
 
