@@ -13,6 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from flowmatch_mnist.support.errors import UserError, exit_on_error
+from flowmatch_mnist.support.files import replacing, save_json
+
 DOCS = Path(__file__).resolve().parent
 PAGES = ("tutorial", "diffusion")
 BLOCK = re.compile(r"^```python\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
@@ -59,15 +62,16 @@ def main() -> None:
         for cell, name in zip(codes, pictures(page), strict=True):
             shown = [output["data"]["image/png"] for output in cell["outputs"] if "image/png" in output.get("data", {})]
             if len(shown) != (name is not None):
-                raise SystemExit(
+                raise UserError(
                     f"{page}.md: the cell before {name} shows {len(shown)} pictures; each needs one line of its own"
                 )
             if name is not None:
-                (DOCS / name).parent.mkdir(exist_ok=True)
-                (DOCS / name).write_bytes(base64.b64decode(shown[0]))
-        (DOCS / f"{page}.ipynb").write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                with replacing(DOCS / name) as temporary:
+                    temporary.write_bytes(base64.b64decode(shown[0]))
+        save_json(DOCS / f"{page}.ipynb", notebook)
         print(f"wrote {page}.ipynb and {sum(name is not None for name in pictures(page))} pictures")
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()
