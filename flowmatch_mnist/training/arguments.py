@@ -37,18 +37,20 @@ def run_folder(checkpoint: Path) -> Path | None:
 def shipped_configs() -> Path:
     """Return the folder of this project's configs: in a clone, or where the wheel's data files are installed."""
     root = Path(__file__).resolve().parents[2]
-    installed = [Path(str(file.locate())).resolve().parent for file in metadata.files("flowmatch-mnist") or []]
-    # `pip install --target` moves the data files, but does not record it.
-    folders = [root / "configs", root / "share/flowmatch-mnist/configs", *installed]
-    return next((folder for folder in folders if (folder / "mnist.yaml").is_file()), folders[0])
+    for folder in (root / "configs", root / "share/flowmatch-mnist/configs"):  # the second is of `pip install --target`
+        if (folder / "mnist.yaml").is_file():
+            return folder
+    installed = (Path(str(file.locate())) for file in metadata.files("flowmatch-mnist") or [])
+    return next((path.resolve().parent for path in installed if path.name == "mnist.yaml"), root / "configs")
 
 
 def find_config(wanted: str) -> str:
     """Return the path of a config: the file itself, or this project's config of that name, such as `quick`."""
     path = Path(wanted)
+    if path.is_file() or path.suffix not in ("", ".yaml") or path.parent not in (Path(), Path("configs")):
+        return wanted
     shipped = shipped_configs() / f"{path.stem}.yaml"
-    named = path.suffix in ("", ".yaml") and path.parent in (Path(), Path("configs"))
-    return str(shipped) if named and not path.is_file() and shipped.is_file() else wanted
+    return str(shipped) if shipped.is_file() else wanted
 
 
 def complete(arguments: list[str]) -> list[str]:
