@@ -7,7 +7,7 @@ The script also measures how straight the trajectories of each network are.
 A model is NAME=WEIGHTS: a file, or a name of weights in the package. Each is sampled with its own solver and guidance, in as
 many steps as the evaluations allow. A guided step takes two evaluations. To give several seeds of one model, repeat its NAME:
 the table then has their mean and range. The script writes `docs/few_steps.json`, `docs/few_steps.png` (the same ten noises in
-each row) and `docs/ways.png` (the trajectories of some pixels from noise to digit). It prints the table.
+each row) and `docs/trajectories.png` (the trajectories of some pixels from noise to digit). It prints the table.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def with_evaluations(flow: Flow, sampler: Sampler, evaluations: int) -> Sampler:
     return replace(sampler, steps=evaluations, guidance=1.0)
 
 
-def ways(flow: Flow, sampler: Sampler, count: int = 200) -> torch.Tensor:
+def trajectories(flow: Flow, sampler: Sampler, count: int = 200) -> torch.Tensor:
     """Return the states of `count` digits at equally spaced times: (FINE + 1, count, 1, 28, 28)."""
     fine = replace(sampler, steps=FINE, solver="euler")
     drawn = generate(flow, torch.arange(count) % 10, fine, keep_states=True, decode=torch.Tensor.clone)
@@ -52,7 +52,7 @@ def ways(flow: Flow, sampler: Sampler, count: int = 200) -> torch.Tensor:
     return drawn.states
 
 
-def draw_ways(found: dict[str, torch.Tensor], path: Path) -> None:
+def draw_trajectories(found: dict[str, torch.Tensor], path: Path) -> None:
     """Draw the trajectories of some pixels, one panel for each model. All panels have the same pixels of the same noises."""
     figure = Figure(figsize=(3.2 * len(found), 3), dpi=100, layout="constrained")
     panels = figure.subplots(1, len(found), sharex=True, sharey=True, squeeze=False)[0]
@@ -86,7 +86,7 @@ def main() -> None:
     shown, states = [], {}
     for name, weights in models:
         _, flow, sampler = load_digits(weights_path(weights), options.device)
-        found = ways(flow, sampler)
+        found = trajectories(flow, sampler)
         samplers = {evaluations: with_evaluations(flow, sampler, evaluations) for evaluations in options.evaluations}
         straight[name].append(straightness(found).mean().item())
         if name not in states:
@@ -100,7 +100,7 @@ def main() -> None:
             contents = {"samples": options.samples, "models": options.models, "straightness": straight, "rows": rows}
             save_json(options.out.with_suffix(".json"), contents)
     save_png(grid(torch.cat(shown), 10), options.out.with_suffix(".png"))
-    draw_ways(states, options.out.with_name("ways.png"))
+    draw_trajectories(states, options.out.with_name("trajectories.png"))
     print(f"\n| | straightness | {' | '.join(f'NFE {n}' for n in options.evaluations)} |")
     print("|---" * (len(options.evaluations) + 2) + "|")
     for name, row in rows.items():

@@ -48,28 +48,28 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tests" / "tiny.yaml"
 
 
-def corrupt(content: bytes, dice: random.Random) -> bytes:
+def corrupt(content: bytes, rng: random.Random) -> bytes:
     """Return the content with one random damage."""
-    kind = dice.choice(["cut", "flip", "flip", "zero", "swap", "noise", "foreign"])
-    start, length = dice.randrange(len(content)), dice.choice([1, 4, 64, 4096])
+    kind = rng.choice(["cut", "flip", "flip", "zero", "swap", "noise", "foreign"])
+    start, length = rng.randrange(len(content)), rng.choice([1, 4, 64, 4096])
     stretch = slice(start, start + length)
     damaged = bytearray(content)
     match kind:
         case "cut":
             del damaged[start:]
         case "flip":
-            for _ in range(dice.choice([1, 1, 8])):
-                damaged[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+            for _ in range(rng.choice([1, 1, 8])):
+                damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         case "zero":
             damaged[stretch] = bytes(len(damaged[stretch]))
         case "swap":
-            other = dice.randrange(len(content))
+            other = rng.randrange(len(content))
             damaged[start], damaged[other] = damaged[other], damaged[start]
         case "noise":
-            damaged[stretch] = dice.randbytes(len(damaged[stretch]))
+            damaged[stretch] = rng.randbytes(len(damaged[stretch]))
         case "foreign":
-            return dice.choice(
-                [b"", b"\x80\x04K*.", b"PK\x03\x04", b"{}", dice.randbytes(length), content + dice.randbytes(length)]
+            return rng.choice(
+                [b"", b"\x80\x04K*.", b"PK\x03\x04", b"{}", rng.randbytes(length), content + rng.randbytes(length)]
             )
     return bytes(damaged)
 
@@ -214,13 +214,13 @@ def fuzz_files(count: int, seed: int, folder: Path, data_dir: Path) -> dict[str,
     """Corrupt each kind of file `count` times. Return the counts of outcomes and the slips, by kind."""
     results = {}
     for what, kind in kinds(folder, data_dir).items():
-        dice = random.Random(f"{seed} {what}")
+        rng = random.Random(f"{seed} {what}")
         path = folder / kind.name
         path.write_bytes(kind.content)
         whole = kind.take(path)
         counts, slips = {"refused": 0, "accepted": 0, "slip": 0}, []
         for i in track(range(count), what, transient=True):
-            content = corrupt(kind.content, dice)
+            content = corrupt(kind.content, rng)
             path.write_bytes(content)
             outcome, result = slip(lambda kind=kind, path=path: kind.take(path))
             if outcome == "accepted" and result != whole:
@@ -238,77 +238,77 @@ def fuzz_files(count: int, seed: int, folder: Path, data_dir: Path) -> dict[str,
 WORDS = ["", "x", "-1", "0", "nan", "inf", "1e400", "3.5", "[1", "{}", "null", "ß", "10-3", "9-", "🦆", "--", "../..", "a: b"]
 
 
-def malformed(dice: random.Random, checkpoint: Path) -> list[str]:
+def malformed(rng: random.Random, checkpoint: Path) -> list[str]:
     """Return a random malformed command."""
-    word = dice.choice(WORDS)
-    number = str(-dice.randrange(1, 10**9))
+    word = rng.choice(WORDS)
+    number = str(-rng.randrange(1, 10**9))
     sample = [
-        [dice.choice(["10", "x", "-3", "3-1", "7.0", "", "0-10", "🦆"])],
+        [rng.choice(["10", "x", "-3", "3-1", "7.0", "", "0-10", "🦆"])],
         [],
-        ["3", "--per-class", dice.choice(["0", "-2", "x", "1.5", "nan", ""])],
-        ["3", "--steps", dice.choice(["0", "-1", "x", "1e3"])],
-        ["3", "--solver", dice.choice(["rk5", "Euler", ""])],
-        ["3", "--guidance", dice.choice(["nan", "inf", "x", ""])],
-        ["3", "--guidance-interval", dice.choice(["1-0", "0.2", "a-b", "0.1-1.5", "-"])],
-        ["3", "--churn", dice.choice(["nan", "-1", "x"]), "--solver", "euler"],
+        ["3", "--per-class", rng.choice(["0", "-2", "x", "1.5", "nan", ""])],
+        ["3", "--steps", rng.choice(["0", "-1", "x", "1e3"])],
+        ["3", "--solver", rng.choice(["rk5", "Euler", ""])],
+        ["3", "--guidance", rng.choice(["nan", "inf", "x", ""])],
+        ["3", "--guidance-interval", rng.choice(["1-0", "0.2", "a-b", "0.1-1.5", "-"])],
+        ["3", "--churn", rng.choice(["nan", "-1", "x"]), "--solver", "euler"],
         ["3", "--churn", "0.5", "--solver", "dpmpp_2m"],
-        ["3", "--out", dice.choice(["x.jpg", "x", ".", "", "x.png/y.png", "x.npy"])],
-        ["3", "--checkpoint", dice.choice(["nowhere.ckpt", ".", "/dev/null", str(TINY), str(weights_of("digitnet"))])],
-        ["3", "--device", dice.choice(["gpu", "cuda:99", "x", "cpu:x"])],
-        ["3", "--from-image", dice.choice(["x.png:3", "7", "test:10000", "test:-1", f"{TINY}:3", ".:3", ":"])],
-        ["3", "--interpolate", dice.choice(["0", "-1", "x"])],
-        ["3", "--batch-size", dice.choice(["0", "x"])],
-        ["3", f"--{dice.choice(['label', 'ckpt', 'x y', 'guidence'])}", "1"],
+        ["3", "--out", rng.choice(["x.jpg", "x", ".", "", "x.png/y.png", "x.npy"])],
+        ["3", "--checkpoint", rng.choice(["nowhere.ckpt", ".", "/dev/null", str(TINY), str(weights_of("digitnet"))])],
+        ["3", "--device", rng.choice(["gpu", "cuda:99", "x", "cpu:x"])],
+        ["3", "--from-image", rng.choice(["x.png:3", "7", "test:10000", "test:-1", f"{TINY}:3", ".:3", ":"])],
+        ["3", "--interpolate", rng.choice(["0", "-1", "x"])],
+        ["3", "--batch-size", rng.choice(["0", "x"])],
+        ["3", f"--{rng.choice(['label', 'ckpt', 'x y', 'guidence'])}", "1"],
     ]
     train = [
         [
-            f"--{dice.choice(['model', 'data', 'trainer', 'ema', 'sampling', 'saving'])}.{dice.choice(['x', 'lr', 'steps_'])}",
+            f"--{rng.choice(['model', 'data', 'trainer', 'ema', 'sampling', 'saving'])}.{rng.choice(['x', 'lr', 'steps_'])}",
             word,
         ],
-        ["--trainer.max_epochs", dice.choice(["x", "1.5", "[1]", "-7"])],
-        ["--data.batch_size", dice.choice(["0", "-3", "x", "1e99", "70000", number])],
-        ["--data.val_size", dice.choice(["0", "60000", "x", number])],
-        ["--data.num_workers", dice.choice(["-1", "x"])],
-        ["--data.coupling", dice.choice(["OT", "x", ""])],
-        ["--data", dice.choice(["x", "torch.nn.Linear", "os.system"])],
-        ["--model.net", dice.choice(["x", "torch.nn.Linear", "os.system"])],
-        ["--model.net.channels", dice.choice(["[4]", "[0,1,2]", "x", "[]", "[4,4,-4]"])],
-        ["--model.times", dice.choice(["x", "os.system"])],
-        ["--model.path", dice.choice(["x", "Linear", "[]"])],
-        ["--model.prediction", dice.choice(["x", "score"])],
-        ["--model.label_dropout", dice.choice(["2", "-0.1", "x"])],
-        ["--model.warmup_steps", dice.choice(["-1", "x"])],
-        ["--model.sampler.solver", dice.choice(["x", "rk5"])],
-        ["--model.sampler.steps", dice.choice(["0", "x", "-2"])],
-        ["--model.optimizer", dice.choice(["x", "os.system", "torch.nn.Linear"])],
-        ["--model.on_non_finite", dice.choice(["x", "ignore"])],
-        ["--ema.decay", dice.choice(["1", "-1", "x"])],
-        ["--saving.every_n_minutes", dice.choice(["-1", "x"])],
-        ["--sampling.rows", dice.choice(["0", "x"])],
-        ["--evaluation.samples", dice.choice(["1", "x"])],
-        ["--ckpt_path", dice.choice(["nowhere.ckpt", "last", "best", ".", "/dev/null", str(TINY)])],
-        ["--config", dice.choice(["nowhere.yaml", ".", "/dev/null/x", str(checkpoint)])],
-        ["--seed_everything", dice.choice(["x", "1.5"])],
-        ["--trainer.accelerator", dice.choice(["x", "tpux"])],
-        ["--trainer.precision", dice.choice(["x", "7"])],
-        ["--trainer.devices", dice.choice(["x", "-3"])],
-        ["--trainer.strategy", dice.choice(["x", "dpp"])],
+        ["--trainer.max_epochs", rng.choice(["x", "1.5", "[1]", "-7"])],
+        ["--data.batch_size", rng.choice(["0", "-3", "x", "1e99", "70000", number])],
+        ["--data.val_size", rng.choice(["0", "60000", "x", number])],
+        ["--data.num_workers", rng.choice(["-1", "x"])],
+        ["--data.coupling", rng.choice(["OT", "x", ""])],
+        ["--data", rng.choice(["x", "torch.nn.Linear", "os.system"])],
+        ["--model.net", rng.choice(["x", "torch.nn.Linear", "os.system"])],
+        ["--model.net.channels", rng.choice(["[4]", "[0,1,2]", "x", "[]", "[4,4,-4]"])],
+        ["--model.times", rng.choice(["x", "os.system"])],
+        ["--model.path", rng.choice(["x", "Linear", "[]"])],
+        ["--model.prediction", rng.choice(["x", "score"])],
+        ["--model.label_dropout", rng.choice(["2", "-0.1", "x"])],
+        ["--model.warmup_steps", rng.choice(["-1", "x"])],
+        ["--model.sampler.solver", rng.choice(["x", "rk5"])],
+        ["--model.sampler.steps", rng.choice(["0", "x", "-2"])],
+        ["--model.optimizer", rng.choice(["x", "os.system", "torch.nn.Linear"])],
+        ["--model.on_non_finite", rng.choice(["x", "ignore"])],
+        ["--ema.decay", rng.choice(["1", "-1", "x"])],
+        ["--saving.every_n_minutes", rng.choice(["-1", "x"])],
+        ["--sampling.rows", rng.choice(["0", "x"])],
+        ["--evaluation.samples", rng.choice(["1", "x"])],
+        ["--ckpt_path", rng.choice(["nowhere.ckpt", "last", "best", ".", "/dev/null", str(TINY)])],
+        ["--config", rng.choice(["nowhere.yaml", ".", "/dev/null/x", str(checkpoint)])],
+        ["--seed_everything", rng.choice(["x", "1.5"])],
+        ["--trainer.accelerator", rng.choice(["x", "tpux"])],
+        ["--trainer.precision", rng.choice(["x", "7"])],
+        ["--trainer.devices", rng.choice(["x", "-3"])],
+        ["--trainer.strategy", rng.choice(["x", "dpp"])],
         [f"--{word or 'x'}", "1"],
-        [dice.choice(["fitt", "train", "-x"])],
+        [rng.choice(["fitt", "train", "-x"])],
     ]
-    if dice.random() < 0.35:
-        return ["sample.py", "--checkpoint", str(checkpoint), *dice.choice(sample)]
-    return ["train.py", "fit", "--config", str(TINY), "--trainer.accelerator", "cpu", *dice.choice(train)]
+    if rng.random() < 0.35:
+        return ["sample.py", "--checkpoint", str(checkpoint), *rng.choice(sample)]
+    return ["train.py", "fit", "--config", str(TINY), "--trainer.accelerator", "cpu", *rng.choice(train)]
 
 
 def fuzz_commands(count: int, seed: int, folder: Path) -> tuple[dict[str, int], list[str]]:
     """Try `count` malformed commands. Return the counts of outcomes, and the slips."""
-    dice = random.Random(f"{seed} commands")
+    rng = random.Random(f"{seed} commands")
     checkpoint = folder / "tiny.ckpt"
     counts, slips = {"refused": 0, "slip": 0}, []
     before = sorted(path.name for path in folder.iterdir())
     for _ in track(range(count), "commands", transient=True):
-        command = malformed(dice, checkpoint)
+        command = malformed(rng, checkpoint)
         outcome, result = slip(lambda command=command: run_command(*command))
         if outcome == "accepted":
             outcome, result = "slip", "the command was accepted"

@@ -37,9 +37,9 @@ def mean(values: Tensor) -> dict[str, float]:
     return {"mean": values.mean().item(), "standard_error": values.std().item() / math.sqrt(len(values))}
 
 
-def in_words(figure: dict[str, float]) -> str:
+def in_words(estimate: dict[str, float]) -> str:
     """Return a mean and its standard error as text."""
-    return "{mean:.4f} +- {standard_error:.4f}".format(**figure)
+    return "{mean:.4f} +- {standard_error:.4f}".format(**estimate)
 
 
 def main() -> None:
@@ -96,7 +96,7 @@ def main() -> None:
     y = labels[chosen]
     log_p_own = found.log_p_given.gather(1, y[:, None])[:, 0]
     how = f"tolerance {options.tolerance:g}" if sampler.solver == "dopri5" else sampler.description()
-    figures: dict[str, Any] = {
+    results: dict[str, Any] = {
         "bits_per_dimension_given_the_label": mean(bits_per_dimension(log_p_own, log_slope, x1[0].numel())),
         "bits_per_dimension": mean(bits_per_dimension(found.log_p, log_slope, x1[0].numel())),
         "accuracy": mean((found.log_p_given.argmax(1) == y).double()),
@@ -104,13 +104,13 @@ def main() -> None:
         "seconds": seconds,
     }
     print(f"{checkpoint}, {len(x1)} test digits, {how}, {flow.units.name} pixels, seed {options.seed}")
-    print(f"bits per dimension, given the label: {in_words(figures['bits_per_dimension_given_the_label'])}")
-    print(f"bits per dimension, over all labels: {in_words(figures['bits_per_dimension'])}")
-    print(f"accuracy of the likeliest label:     {in_words(figures['accuracy'])}")
+    print(f"bits per dimension, given the label: {in_words(results['bits_per_dimension_given_the_label'])}")
+    print(f"bits per dimension, over all labels: {in_words(results['bits_per_dimension'])}")
+    print(f"accuracy of the likeliest label:     {in_words(results['accuracy'])}")
     print(f"{found.evaluations} evaluations for each digit and label, {seconds:.0f} s")
     if options.out:
         settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items() if name != "out"}
-        save_json(options.out, settings | {"checkpoint": str(checkpoint)} | figures)
+        save_json(options.out, settings | {"checkpoint": str(checkpoint)} | results)
         print(f"wrote {options.out}")
 
 

@@ -35,8 +35,8 @@ def measure(flow: Flow, sampler: Sampler, score: Judge, count: int) -> dict[str,
         task = progress.add_task(f"drawing {count:,} digits", total=count)
         samples = generate(flow, labels, sampler, seed=0, on_batch=lambda drawn: progress.advance(task, drawn))
     measurements = score(samples)
-    told = ", ".join(f"{m.title} {m.score} (real digits: {m.real})" for m in measurements)
-    print(f"{count:,} digits, {sampler.description()}: {told}", flush=True)
+    line = ", ".join(f"{m.title} {m.score} (real digits: {m.real})" for m in measurements)
+    print(f"{count:,} digits, {sampler.description()}: {line}", flush=True)
     return {m.name: [*m.samples, *m.real] for m in measurements}
 
 
@@ -59,7 +59,7 @@ def main() -> None:
         checkpoint, flow, sampler = load_digits(options.checkpoint or PRETRAINED[name], options.device)
         asked = {what: getattr(options, what) for what in ("steps", "guidance", "guidance_interval")}
         sampler = with_changes(flow, sampler, asked)
-        figures = {str(count): measure(flow, sampler, score, count) for count in SAMPLES}
+        scores = {str(count): measure(flow, sampler, score, count) for count in SAMPLES}
         if options.checkpoint:
             config = (checkpoint.parent.parent / "config.yaml").read_text()
             metadata = {
@@ -71,7 +71,7 @@ def main() -> None:
             }
         else:
             metadata = load_weights(checkpoint)[1]
-        save(PRETRAINED[name], flow, sampler, {**metadata, "figures": json.dumps(figures)})
+        save(PRETRAINED[name], flow, sampler, {**metadata, "figures": json.dumps(scores)})
         print(f"wrote {PRETRAINED[name]}, {PRETRAINED[name].stat().st_size / 1e6:.1f} MB")
 
 

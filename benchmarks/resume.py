@@ -184,7 +184,7 @@ def stop(process: subprocess.Popen[str], way: Way) -> str:
 
 
 def kill_and_resume(
-    way: Way, kills: int, whole: dict[str, Any], seconds: tuple[float, float], data_dir: Path, dice: random.Random
+    way: Way, kills: int, whole: dict[str, Any], seconds: tuple[float, float], data_dir: Path, rng: random.Random
 ) -> tuple[int, int, list[str]]:
     """Stop runs until `kills` kills are done, let each reach its end, and compare. Return (kills, runs, complaints)."""
     done, runs, wrong = 0, 0, []
@@ -197,7 +197,7 @@ def kill_and_resume(
             while True:
                 # One kill in five hits the start. The others are spaced to cover the whole run with so many kills.
                 start, rest = seconds
-                instant = dice.uniform(0, start) if dice.random() < 0.2 else start + dice.uniform(0, 2 * rest / max(kills, 4))
+                instant = rng.uniform(0, start) if rng.random() < 0.2 else start + rng.uniform(0, 2 * rest / max(kills, 4))
                 patience = instant if done < kills else None
                 if way.signal is None and patience is not None:
                     # max_time counts all parts together. If it is over already, the run does nothing, and says so.
@@ -248,8 +248,8 @@ def main() -> None:
         key = (*(WAYS[name].options if WAYS[name].options in (TWO, EARLY) else []), *device)
         if key not in references:
             references[key] = alone(list(key), options.data_dir)
-        dice = random.Random(f"{options.seed} {name}")
-        done, runs, wrong = kill_and_resume(way, options.kills, *references[key], options.data_dir, dice)
+        rng = random.Random(f"{options.seed} {name}")
+        done, runs, wrong = kill_and_resume(way, options.kills, *references[key], options.data_dir, rng)
         table.add_row(name, str(done), str(runs), "yes" if not wrong else f"no: {len(wrong)} complaints")
         console.print(f"{name}: {done} kills in {runs} runs, {len(wrong)} complaints")
         for complaint in wrong[:10]:

@@ -81,13 +81,13 @@ def product_rate(device: str) -> float:
     return 2 * 2048**3 / (time.perf_counter() - start)
 
 
-def one_of(rank: int, processes: int, threads: int, turns: int, meeting: str, told: "mp.SimpleQueue[float]") -> None:
-    """Run one process among several. The first puts the images per second of all processes together into the queue `told`."""
+def one_of(rank: int, processes: int, threads: int, turns: int, meeting: str, results: "mp.SimpleQueue[float]") -> None:
+    """Run one process among several. The first puts the images per second of all of them into the queue `results`."""
     torch.set_num_threads(max(1, threads // processes))
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=processes)
     step = Step(WIDTHS, BATCH // processes, "cpu", parallel=True)
     if rank == 0:
-        told.put(BATCH / median(step.seconds() for _ in range(turns)))
+        results.put(BATCH / median(step.seconds() for _ in range(turns)))
     else:
         for _ in range(turns):
             step.seconds()
@@ -118,11 +118,11 @@ def main() -> None:
     Console().print(table)
     if options.device == "cpu":
         for processes in options.processes:
-            told = mp.get_context("spawn").SimpleQueue()
+            results = mp.get_context("spawn").SimpleQueue()
             with tempfile.TemporaryDirectory() as folder:
-                arguments = (processes, torch.get_num_threads(), options.turns, f"{folder}/meeting", told)
+                arguments = (processes, torch.get_num_threads(), options.turns, f"{folder}/meeting", results)
                 mp.start_processes(one_of, arguments, nprocs=processes, start_method="spawn")
-            print(f"{processes} processes of batch {BATCH // processes}: {told.get():.0f} images/s", flush=True)
+            print(f"{processes} processes of batch {BATCH // processes}: {results.get():.0f} images/s", flush=True)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,6 @@ def scores(measurements: Sequence[Measurement]) -> dict[str, Any]:
     return {m.title: m.score.value for m in measurements} | {"errors": {m.title: m.score.error for m in measurements}}
 
 
-def words(figures: dict[str, Any]) -> str:
-    """Return the numbers among the figures as one line of text."""
-    return ", ".join(f"{what} {figure:.4g}" for what, figure in figures.items() if isinstance(figure, int | float))
+def words(row: dict[str, Any]) -> str:
+    """Return the numbers of a row as one line of text."""
+    return ", ".join(f"{what} {value:.4g}" for what, value in row.items() if isinstance(value, int | float))

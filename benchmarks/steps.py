@@ -90,8 +90,8 @@ def main() -> None:
     points = []
     for sampler in track(samplers(options.solvers, options.evaluations, options.guidance), "measuring"):
         points.append(measure(flow, sampler, score, options.samples, options.seed))
-        told = ", ".join(f"{name} {value:.3f}" for name, value in points[-1].items() if isinstance(value, float))
-        print(f"{sampler.description()} (NFE {points[-1]['evaluations']}): {told}", flush=True)
+        line = ", ".join(f"{name} {value:.3f}" for name, value in points[-1].items() if isinstance(value, float))
+        print(f"{sampler.description()} (NFE {points[-1]['evaluations']}): {line}", flush=True)
     contents = {"checkpoint": str(checkpoint), "samples": options.samples, "seed": options.seed, "points": points}
     save_json(options.out.with_suffix(".json"), contents)
     draw(points, options.out.with_suffix(".png"), f"{checkpoint}, {options.samples:,} digits, seed {options.seed}")

@@ -53,9 +53,9 @@ def main() -> None:
             (near,) = Curve().measure(draw(flow, steps))
             ends.append(f"{steps} step{'s' * (steps > 1)} {near.score}")
         print(f"{when} reflow: straightness {bend:.4f}; {'; '.join(ends)}", flush=True)
-        ways = fine.states[:, :SHOWN]
+        lines = fine.states[:, :SHOWN]
         for n in range(SHOWN):
-            axes.plot(ways[:, n, 0], ways[:, n, 1], color="grey", linewidth=0.5)
+            axes.plot(lines[:, n, 0], lines[:, n, 1], color="grey", linewidth=0.5)
         axes.scatter(*fine.values[:SHOWN].T, s=6)
         axes.plot(*curve(x).T, color="black", linewidth=0.8)
         axes.set(title=f"{when} reflow: straightness {bend:.3f}", aspect="equal")

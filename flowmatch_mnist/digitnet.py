@@ -19,10 +19,11 @@ from torch import Tensor
 
 from flowmatch_mnist.evaluation.estimates import share
 from flowmatch_mnist.evaluation.evaluator import Sight, counts_of, draw_like, fingerprint
-from flowmatch_mnist.evaluation.readers import READERS, Reader, claims, reader, weights_of
+from flowmatch_mnist.evaluation.readers import READERS, Reader, metadata_of, reader, weights_of
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.images.pixels import PIXELS
-from flowmatch_mnist.support.errors import CommandParser, exit_on_error
+from flowmatch_mnist.support.commands import CommandParser
+from flowmatch_mnist.support.errors import exit_on_error
 from flowmatch_mnist.support.files import save_weights
 
 
@@ -116,7 +117,7 @@ def main() -> None:
     mnist.prepare(options.data_dir)
     training, test = mnist.load(options.data_dir, "train"), mnist.load(options.data_dir, "test")
     if options.measure:
-        net, metadata = reader(options.net), claims(options.net)
+        net, metadata = reader(options.net), metadata_of(options.net)
     else:
         net = train(options.net, *training, epochs, seed)
         metadata = {

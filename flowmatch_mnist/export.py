@@ -15,7 +15,8 @@ from pathlib import Path
 
 from flowmatch_mnist.sampling.export import export
 from flowmatch_mnist.sampling.weights import load_digits, weights_path, with_changes
-from flowmatch_mnist.support.errors import CommandParser, exit_on_error
+from flowmatch_mnist.support.commands import CommandParser
+from flowmatch_mnist.support.errors import exit_on_error
 
 
 def main() -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from flowmatch_mnist.data.reflow import SHARD, draw_pairs
 from flowmatch_mnist.sampling.weights import load, newest_or_packaged, weights_path, with_changes
+from flowmatch_mnist.support.commands import CommandParser
 from flowmatch_mnist.support.devices import default_device
-from flowmatch_mnist.support.errors import CommandParser, UserError, exit_on_error
+from flowmatch_mnist.support.errors import UserError, exit_on_error
 
 
 def main() -> None:

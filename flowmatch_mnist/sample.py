@@ -11,12 +11,12 @@ python sample.py 0-9 --from-image test:0                  the same with a digit 
 import argparse
 import math
 import re
-import sys
 import time
 from pathlib import Path
 
 from flowmatch_mnist.support.choices import PRETRAINED, SOLVERS, SPACINGS
-from flowmatch_mnist.support.errors import CommandParser, exit_on_error
+from flowmatch_mnist.support.commands import CommandParser, as_typed
+from flowmatch_mnist.support.errors import exit_on_error
 
 ENDINGS = (".png", ".npz", ".gif")
 
@@ -69,8 +69,7 @@ def image(text: str) -> tuple[str, int]:
 
 def parse() -> argparse.Namespace:
     """Parse and check the command line."""
-    installed = Path(sys.argv[0]).stem == "flowmatch-sample"
-    parser = CommandParser(prog="flowmatch-sample" if installed else "python sample.py", description=__doc__)
+    parser = CommandParser(prog=as_typed("sample"), description=__doc__)
     add = parser.add_argument
     add("labels", type=labels, nargs="+", metavar="LABEL", help="digits or ranges of digits; each one is a column of the grid")
     add("--per-class", type=positive, default=1, metavar="N", help="rows of the grid (default: 1)")
@@ -110,15 +109,15 @@ def parse() -> argparse.Namespace:
     return options
 
 
-@exit_on_error()
 def main() -> None:
     """Parse the command line, draw the digits, write the file and print a summary."""
-    options = parse()
-    started = time.perf_counter()
-    # Imported after parsing, because a mistake on the command line should be reported at once.
-    from flowmatch_mnist.sampling.request import fulfil
+    with exit_on_error():
+        options = parse()
+        started = time.perf_counter()
+        # Imported after parsing, because a mistake on the command line should be reported at once.
+        from flowmatch_mnist.sampling.request import draw_and_write
 
-    fulfil(options, started)
+        draw_and_write(options, started)
 
 
 if __name__ == "__main__":

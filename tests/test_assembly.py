@@ -33,7 +33,7 @@ NET = {"channels": (4, 8, 8), "blocks": (1, 2, 2)}
 
 @pytest.fixture
 def assemble(tmp_path, monkeypatch):
-    """Gives what a command line makes: all that the trainer would begin with, and what was said."""
+    """Gives what a command line makes: all that the trainer would begin with, and what was printed."""
     monkeypatch.chdir(tmp_path)
     handlers = {}
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
@@ -157,15 +157,15 @@ def test_several_processes_are_told_what_they_take_together(processes, lines, ca
     trainer = SimpleNamespace(world_size=processes, strategy=strategy, precision="32-true")
     model = SimpleNamespace(net=None, parameters=lambda: [torch.zeros(10_000)])
     cli.CLI.announce(SimpleNamespace(trainer=trainer, model=model, folder=None, datamodule=SimpleNamespace(batch_size=9)))
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"training NoneType (0.01 M parameters) on {processes} x cpu in 32-true, into no folder"
-    assert len(said) == lines and (lines == 1 or "9 samples each, 18 a step; to match one process, set" in said[1])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f"training NoneType (0.01 M parameters) on {processes} x cpu in 32-true, into no folder"
+    assert len(printed) == lines and (lines == 1 or "9 samples each, 18 a step; to match one process, set" in printed[1])
 
 
 def test_two_processes_are_told_what_they_take_together(assemble):
-    said = assemble("--trainer.devices", 2, "--trainer.accelerator", "cpu", "--trainer.strategy", "ddp").done.stdout
-    assert "on 2 x cpu" in said and "2 processes take 16 samples each, 32 a step" in said
-    assert "set --data.batch_size 8; to keep the larger batch" in said and "by a factor of 1.4" in said
+    printed = assemble("--trainer.devices", 2, "--trainer.accelerator", "cpu", "--trainer.strategy", "ddp").done.stdout
+    assert "on 2 x cpu" in printed and "2 processes take 16 samples each, 32 a step" in printed
+    assert "set --data.batch_size 8; to keep the larger batch" in printed and "by a factor of 1.4" in printed
 
 
 @pytest.mark.parametrize(

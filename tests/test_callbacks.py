@@ -119,12 +119,12 @@ def test_a_run_says_once_how_long_it_will_take(trainer, clock, capsys):
 
 def test_the_memory_of_a_gpu_is_logged_beside_the_rate(trainer, clock, monkeypatch):
     monkeypatch.setattr(console, "memory_used", {"cuda": 3_000_000_000, "cpu": None}.__getitem__)
-    for device, figures in (("cuda", {"speed/gpu_memory_gb": 3.0}), ("cpu", {})):
+    for device, more in (("cuda", {"speed/gpu_memory_gb": 3.0}), ("cpu", {})):
         report, module = Report(), SimpleNamespace(device=device)
         report.on_train_batch_start(trainer, module, BATCH, 0)
         clock.now += 2
         report.on_train_batch_end(trainer, module, None, BATCH, 0)
-        assert trainer.loggers[0].log_metrics.call_args.args[0] == {"speed/samples_per_second": 8.0} | figures
+        assert trainer.loggers[0].log_metrics.call_args.args[0] == {"speed/samples_per_second": 8.0} | more
 
 
 def test_the_last_words_are_what_comes_next(tmp_path, monkeypatch):
@@ -147,6 +147,8 @@ def test_the_last_words_are_what_comes_next(tmp_path, monkeypatch):
 
 
 def test_a_run_says_what_was_typed_and_on_which_machine(trainer, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/some/where/flowmatch-train", "test"])
+    assert config.command() == "flowmatch-train test"
     monkeypatch.setattr(sys, "argv", ["/some/where/train.py", "fit", "--name", "a b"])
     assert config.command() == "python train.py fit --name 'a b'"
     trainer.strategy, trainer.precision = SimpleNamespace(root_device=torch.device("cpu")), "32-true"
@@ -291,7 +293,7 @@ def test_settings_are_in_their_range(make, good, bad):
             make(**settings)
 
 
-def test_the_best_by_quality_is_told_by_the_name_of_the_figure():
+def test_the_best_by_quality_is_told_by_the_name_of_the_score():
     for monitor, by_quality in ((None, False), ("loss/val", False), ("quality/recall", True)):
         assert KeepBest(monitor=monitor, save_top_k=0 if monitor is None else 1).by_quality == by_quality
 
@@ -335,7 +337,7 @@ def measured(trainer, tmp_path, monkeypatch):
     return evaluate, SimpleNamespace(sampler=Sampler(4, "euler"), net=SimpleNamespace(no_label=10))
 
 
-def test_a_report_has_all_figures_on_the_screen_and_in_its_file(trainer, measured, tmp_path, capsys):
+def test_a_report_has_all_scores_on_the_screen_and_in_its_file(trainer, measured, tmp_path, capsys):
     evaluate, module = measured
     evaluate.report(trainer, module, "test")
     lines = capsys.readouterr().out.splitlines()
@@ -348,11 +350,11 @@ def test_a_report_has_all_figures_on_the_screen_and_in_its_file(trainer, measure
     assert lines[11] == f"wrote {tmp_path / 'metrics.json'} after 3 s of drawing and 2 s of measuring"
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert list(found) == [
-        *("checkpoint", "split", "figures", "loss/test", "samples", "sampler"),
+        *("checkpoint", "split", "scores", "loss/test", "samples", "sampler"),
         *("evaluations", "by steps", "seed", "seconds", "versions"),
     ]
     assert (found["checkpoint"], found["split"], found["loss/test"], found["samples"]) == ("last.ckpt", "test", 0.125, 30)
-    assert found["figures"]["distance"] == {
+    assert found["scores"]["distance"] == {
         "samples": {"value": 8.3, "error": 0.01},
         "real data": {"value": 0.15, "error": 0.0},
     }
@@ -376,7 +378,7 @@ def test_curves_by_steps_are_of_headlines_and_of_solvers_that_take_steps(trainer
     assert evaluate.by_steps(trainer, module, "val") == [] and not evaluate.curves
 
 
-def test_figures_while_training_are_logged_told_and_kept(trainer, measured, capsys):
+def test_scores_while_training_are_logged_told_and_kept(trainer, measured, capsys):
     evaluate, module = measured
     evaluate.act(trainer, module)
     quarters = [f"{name} 0.250 ± 0.020" for name in ("accuracy", "recall", "precision")]
@@ -389,13 +391,13 @@ def test_figures_while_training_are_logged_told_and_kept(trainer, measured, caps
     assert trainer.callback_metrics["quality/recall"] == 0.25
     evaluate.done_at = 4
     state = evaluate.state_dict()
-    assert state["done_at"] == 4 and state["figures"] == {tag: logged[tag] for tag in logged if "_errors/" not in tag}
+    assert state["done_at"] == 4 and state["scores"] == {tag: logged[tag] for tag in logged if "_errors/" not in tag}
     other, fresh = Evaluate(), SimpleNamespace(callback_metrics={})
     other.load_state_dict(state)
     other.on_train_start(fresh, module)
     assert other.done_at == 4 and fresh.callback_metrics["quality/recall"] == 0.25
     other.load_state_dict({"done_at": 2})
-    assert other.state_dict() == {"done_at": 2, "figures": {}}, "an older checkpoint has no figures"
+    assert other.state_dict() == {"done_at": 2, "scores": {}}, "an older checkpoint has no scores"
 
 
 class Shown(RichProgressBar):

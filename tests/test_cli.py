@@ -88,8 +88,8 @@ def test_a_second_run_leaves_the_first_as_it_is_and_options_override_the_config(
     arguments += ["--evaluation.every_n_epochs", 1, "--evaluation.samples", 20]
     done = run_here("train.py", "fit", *arguments, "--model.net.channels", "[4,4,4]", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    figures = r"label accuracy 0\.\d+ ± [\d.]+, Frechet distance ratio [\d.]+ ± [\d.]+, precision"
-    assert re.search(f"step 6: 20 samples, {figures}", done.stdout)
+    scores = r"label accuracy 0\.\d+ ± [\d.]+, Frechet distance ratio [\d.]+ ± [\d.]+, precision"
+    assert re.search(f"step 6: 20 samples, {scores}", done.stdout)
     log = events(tmp_path / "runs/tiny/version_1")
     assert log.Scalars("quality/Frechet distance ratio")[0].step == 5, "counted from 0, as the losses are"
     assert (
@@ -175,9 +175,9 @@ def test_validate_and_test_need_only_the_checkpoint(tiny_run, tmp_path, subcomma
     assert [(point["steps"], point["evaluations"]) for point in report["by steps"]] == [(1, 2), (3, 6)]
     assert "\n20 samples with 2 network evaluations: label accuracy " in done.stdout
     assert "\nand with 6 network evaluations: " in done.stdout
-    assert report["figures"]["label accuracy"]["real data"]["value"] > 0.99
+    assert report["scores"]["label accuracy"]["real data"]["value"] > 0.99
     for by in ("", "resnet/"):
-        distance = report["figures"][f"{by}Frechet distance"]
+        distance = report["scores"][f"{by}Frechet distance"]
         assert distance["samples"]["value"] > distance["real data"]["value"] > 5 * distance["real data"]["error"] > 0
     assert sorted(path.name for path in (tmp_path / "runs/tiny").iterdir()) == ["version_0"]
 
@@ -193,7 +193,7 @@ def test_two_processes_measure_what_one_does(tiny_run, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("wrote ") == 1
         reports.append(json.loads((tmp_path / "runs/tiny/version_0/checkpoints/metrics.json").read_text()))
-    assert reports[0]["figures"] == reports[1]["figures"] and reports[0]["by steps"] == reports[1]["by steps"]
+    assert reports[0]["scores"] == reports[1]["scores"] and reports[0]["by steps"] == reports[1]["by steps"]
     assert reports[0]["loss/val"] == pytest.approx(reports[1]["loss/val"], abs=1e-5)
 
 

@@ -59,14 +59,14 @@ def command(folder, script, *options):
 
 
 def test_without_options_a_command_takes_the_model_as_it_is(tmp_path, asked):
-    said = command(tmp_path, "sample.py", 7)
+    printed = command(tmp_path, "sample.py", 7)
     assert asked["path"] is None and asked["device"] == "the best" and asked["sampler"] == OWN and asked["labels"] == [7]
     assert (asked["seed"], asked["batch_size"], asked["noise"], asked["keep_states"]) == (0, None, None, False)
-    assert "drew 1 digit with a model (euler, 4 steps, guidance 1.5 from t = 0.1 to 0.9, 8 evaluations each, seed 0)" in said
-    assert (tmp_path / "digits.png").is_file() and "wrote digits.png" in said
-    said = command(tmp_path, "flowmatch_mnist/reflow.py")
+    assert "drew 1 digit with a model (euler, 4 steps, guidance 1.5 from t = 0.1 to 0.9, 8 evaluations each, seed 0)" in printed
+    assert (tmp_path / "digits.png").is_file() and "wrote digits.png" in printed
+    printed = command(tmp_path, "flowmatch_mnist/reflow.py")
     assert (asked["path"], asked["folder"], asked["count"], asked["sampler"]) == (Path("the newest"), "pairs", 20_000, OWN)
-    assert (asked["seed"], asked["batch_size"]) == (0, None) and "pairs holds 5,000 pairs in 2 files, 1 of them" in said
+    assert (asked["seed"], asked["batch_size"]) == (0, None) and "pairs holds 5,000 pairs in 2 files, 1 of them" in printed
 
 
 WAYS = {
@@ -90,10 +90,10 @@ def test_one_thing_about_the_sampler_is_changed_at_a_time(tmp_path, asked, name)
 
 def test_what_is_drawn_how_much_by_which_model_and_where(tmp_path, asked):
     some = ["--per-class", 2, "--seed", 5, "--batch-size", 3, "--device", "abacus", "--checkpoint", "some.ckpt"]
-    said = command(tmp_path, "sample.py", "3-4", 1, *some, "--out", "new.npz")
+    printed = command(tmp_path, "sample.py", "3-4", 1, *some, "--out", "new.npz")
     assert asked["labels"] == [3, 4, 1] * 2 and (asked["seed"], asked["batch_size"]) == (5, 3)
     assert (asked["device"], asked["path"]) == ("abacus", Path("some.ckpt"))
-    assert "drew 6 digits" in said and "seed 5" in said and (tmp_path / "new.npz").is_file()
+    assert "drew 6 digits" in printed and "seed 5" in printed and (tmp_path / "new.npz").is_file()
     command(tmp_path, "sample.py", 3, "--weights", "few-step", "--out", "way.gif")
     assert asked["path"] == PRETRAINED["few-step"] and asked["keep_states"]
 

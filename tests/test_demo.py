@@ -156,8 +156,8 @@ def test_points_follow_the_arrows(page, address, tmp_path):
 def test_a_missing_file_is_a_sentence(page, tmp_path):
     shutil.copytree(page, tmp_path / "page", ignore=shutil.ignore_patterns("noise.bin"))
     with served(tmp_path / "page") as address:
-        said = visit(address, "index.html", r'<p id="status"[^>]*class="error"[^>]*>([^<]*)<', tmp_path)[1]
-    assert said.startswith("The file built/noise.bin is missing. Run")
+        message = visit(address, "index.html", r'<p id="status"[^>]*class="error"[^>]*>([^<]*)<', tmp_path)[1]
+    assert message.startswith("The file built/noise.bin is missing. Run")
 
 
 def test_what_the_page_cannot_integrate_is_refused(tmp_path, tiny_net):

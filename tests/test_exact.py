@@ -121,9 +121,9 @@ def test_a_sample_without_its_label_keeps_its_target():
     net.field, drawn = field, torch.randint(6, (200,))
     loss = FlowLoss(label_dropout=0.5, exact_until=0.99)
     loss.exact_field = field
-    dice = {"labels": torch.rand(200), "spans": None}
-    found = loss(net, x0, data[drawn], Y[drawn], 0.9 * t, lambda what, *shape: dice[what])
-    dropped = dice["labels"] < 0.5
+    drawn_numbers = {"labels": torch.rand(200), "spans": None}
+    found = loss(net, x0, data[drawn], Y[drawn], 0.9 * t, lambda what, *shape: drawn_numbers[what])
+    dropped = drawn_numbers["labels"] < 0.5
     assert (found[~dropped] < 1e-4).all() and found[dropped].mean() > 1e-2
 
 

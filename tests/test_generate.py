@@ -58,7 +58,7 @@ def test_the_mean_over_a_span_is_asked_for_through_guidance_and_straight_coordin
     assert not torch.allclose(guided(x, t), expected, atol=1e-4)
 
 
-def test_the_defaults_are_those_that_the_figures_are_of():
+def test_the_defaults_are_those_that_the_scores_are_of():
     assert Sampler() == Sampler(8, "midpoint", 1.0, (0.0, 1.0), "uniform", 0.0)
     assert Sampler(32, "rk4") == INVERTER
     for ends in ((-0.1, 0.5), (0.5, 1.1), (0.6, 0.5)):
@@ -88,7 +88,7 @@ def test_streams_of_noise_churn_and_probes_are_apart(stream_keys):
     assert stream_keys() == [(5, "sampling"), (5, "churn", 3), (5, "churn", 8)]
     log_likelihood(Flow(MLP()), torch.randn(2, 2), torch.zeros(2, dtype=torch.int64), Sampler(1), seed=5, numbers=[3, 8])
     assert stream_keys() == [(5, "probe", 3), (5, "probe", 8)]
-    assert Sampler(24, "rk4", spacing="log_snr") == INTEGRATOR, "that of the figures"
+    assert Sampler(24, "rk4", spacing="log_snr") == INTEGRATOR, "that of docs/results.md"
 
 
 def test_states_are_kept_only_where_they_are_asked_for():

@@ -62,8 +62,8 @@ def test_settings_go_to_all_in_each_ones_way(trainer, loggers, monkeypatch):
     texts = {"command": "python train.py", "config": "one:\n  two"}
     log_run(trainer, texts, {"decay": 0.5, "lr": 0.1}, ("batch_size", "lr"), ("quality/x", "quality/y"))
     board = loggers[0].experiment
-    said = [mock.call("command", "    python train.py\n"), mock.call("config", "    one:\n      two\n")]
-    assert board.add_text.call_args_list == said
+    texts_added = [mock.call("command", "    python train.py\n"), mock.call("config", "    one:\n      two\n")]
+    assert board.add_text.call_args_list == texts_added
     assert asked == [({"lr": 0.1}, {"quality/x": 0.0, "quality/y": 0.0, "loss/val": 0.0})]
     assert board.file_writer.add_summary.call_args_list == [mock.call("a"), mock.call("b")]
     charts = {

@@ -19,7 +19,7 @@ from flowmatch_mnist.evaluation.estimates import Estimate, Measurement, mean, me
 from flowmatch_mnist.evaluation.evaluator import DRAWS, Evaluator, Sight, counts_of, draw_like, fingerprint
 from flowmatch_mnist.evaluation.metrics import FrechetDistance, Manifold, read_digits
 from flowmatch_mnist.evaluation.problems import labels_like
-from flowmatch_mnist.evaluation.readers import READERS, claims, reader, weights_of
+from flowmatch_mnist.evaluation.readers import READERS, metadata_of, reader, weights_of
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.errors import UserError
@@ -41,7 +41,7 @@ def random_covariance():
     return factor @ factor.T + 0.1 * torch.eye(DIM, dtype=torch.float64)
 
 
-def test_a_figure_has_the_digits_that_its_error_allows():
+def test_a_score_has_the_digits_that_its_error_allows():
     written = {
         (1.8437, 0.0712): "1.84 ± 0.07",
         (0.99123, 0.00094): "0.9912 ± 0.0009",
@@ -212,15 +212,15 @@ def test_each_measurement_has_the_baseline_of_real_data(evaluator, data_dir):
 def test_beside_the_test_set_the_baseline_is_the_one_in_the_files(data_dir, monkeypatch):
     """A few of the digits stand for all of the test set."""
     training, test = some(data_dir, "train", 0, 6000), some(data_dir, "test", 0, 300)
-    said = {"beside": fingerprint(test[0]), "scores": [[0.25, 0.01], [0.9, 0.02], [0.8, 0.03]]}
+    metadata = {"beside": fingerprint(test[0]), "scores": [[0.25, 0.01], [0.9, 0.02], [0.8, 0.03]]}
     asked = []
-    monkeypatch.setattr(evaluators, "claims", lambda name: {"real digits": json.dumps(said)})
+    monkeypatch.setattr(evaluators, "metadata_of", lambda name: {"real digits": json.dumps(metadata)})
     monkeypatch.setattr(evaluators, "draw_like", lambda *arguments: asked.append(arguments) or draw_like(*arguments))
     evaluator = Evaluator(test, training)
     found = {m.name: m for m in evaluator.measure(*test)}
     for by in ("", "resnet/"):
         names = (f"{by}Frechet distance", f"{by}precision", f"{by}recall")
-        assert [found[name].real for name in names] == [Estimate(*estimate) for estimate in said["scores"]]
+        assert [found[name].real for name in names] == [Estimate(*estimate) for estimate in metadata["scores"]]
     evaluator.measure(*(tensor.flip(0) for tensor in test))
     assert not asked
     for _ in range(2):  # of other numbers of each digit nothing is known, until they are measured
@@ -229,7 +229,7 @@ def test_beside_the_test_set_the_baseline_is_the_one_in_the_files(data_dir, monk
     other = test[0].clone()
     other[0, 14, 14] ^= 1
     Evaluator((other, test[1]), training).measure(*test)
-    monkeypatch.setattr(evaluators, "claims", lambda name: {})
+    monkeypatch.setattr(evaluators, "metadata_of", lambda name: {})
     Evaluator(test, training).measure(*test)
     assert len(asked) == 3
 
@@ -280,15 +280,15 @@ def accuracy(net, images, labels):
 @pytest.mark.parametrize("name", READERS)
 def test_a_reader_reads_as_well_as_its_file_says_and_so_do_real_digits(data_dir, name):
     test, training = mnist.load(data_dir, "test"), mnist.load(data_dir, "train")
-    said, sight = claims(name), Sight(reader(name), test)
+    metadata, sight = metadata_of(name), Sight(reader(name), test)
     measured = share(sight.right).value
-    assert measured == pytest.approx(float(said["test_accuracy"]), abs=2e-4)  # two images, for other processors
+    assert measured == pytest.approx(float(metadata["test_accuracy"]), abs=2e-4)  # two images, for other processors
     assert measured >= {"digitnet": 0.996, "resnet": 0.994}[name]
     command = "python -m flowmatch_mnist.digitnet" + (" --net resnet" if name == "resnet" else "")
-    assert said["command"].startswith(f"{command} --epochs")
+    assert metadata["command"].startswith(f"{command} --epochs")
     assert weights_of(name).stat().st_size < 1_000_000
 
-    real = json.loads(said["real digits"])
+    real = json.loads(metadata["real digits"])
     assert real["beside"] == fingerprint(test[0])
     draw = draw_like(training[1], counts_of(test[1]))[0]
     distance = sight.frechet(read_digits(sight.net, training[0][draw])[0])
@@ -339,9 +339,9 @@ def test_distorted_digits_are_still_white_on_black_and_each_is_distorted_by_itse
 
 def test_a_distortion_turns_scales_shears_and_shifts_about_the_middle():
     images = torch.randint(256, (6, 28, 28), dtype=torch.uint8)
-    dice = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(3)
     angle, scale, shear, right, down = (
-        width * (2 * torch.rand(6, generator=dice) - 1) for width in (0.2094395, 0.12, 0.2, 0.12, 0.12)
+        width * (2 * torch.rand(6, generator=generator) - 1) for width in (0.2094395, 0.12, 0.2, 0.12, 0.12)
     )
     cos, sin, one, none = angle.cos(), angle.sin(), torch.ones(6), torch.zeros(6)
     turned = torch.stack([cos, -sin, sin, cos], 1).view(6, 2, 2) * scale.exp()[:, None, None]
@@ -357,9 +357,9 @@ def test_a_distortion_turns_scales_shears_and_shifts_about_the_middle():
 
 def test_a_warp_bends_and_shifts():
     images = torch.randint(256, (6, 28, 28), dtype=torch.uint8)
-    dice = torch.Generator().manual_seed(3)
-    bend = 0.05 * torch.randn(6, 2, 5, 5, generator=dice)
-    shift = 0.12 * (2 * torch.rand(6, 2, 1, 1, generator=dice) - 1)
+    generator = torch.Generator().manual_seed(3)
+    bend = 0.05 * torch.randn(6, 2, 5, 5, generator=generator)
+    shift = 0.12 * (2 * torch.rand(6, 2, 1, 1, generator=generator) - 1)
     middles = (2 * torch.arange(28) + 1) / 28 - 1
     places = torch.stack(torch.meshgrid(middles, middles, indexing="xy"))
     smooth = torch.nn.functional.interpolate(bend, size=(28, 28), mode="bicubic", align_corners=False)
@@ -379,8 +379,8 @@ def test_a_reader_is_trained_on_each_image_once_an_epoch_in_an_order_of_its_seed
     images = torch.arange(200, dtype=torch.uint8)[:, None, None].expand(200, 28, 28)
     labels = torch.arange(200) % 10
     assert not train_digitnet.train(name, images, labels, epochs=2, seed=3).training
-    dice = torch.Generator().manual_seed(3)
-    order = torch.cat([torch.randperm(200, generator=dice) for _ in range(2)])
+    generator = torch.Generator().manual_seed(3)
+    order = torch.cat([torch.randperm(200, generator=generator) for _ in range(2)])
     assert torch.cat(seen).tolist() == order.tolist() and [len(some) for some in seen] == [100] * 4
     assert optimizers[0].defaults["weight_decay"] == 0.01 and rates == [(rate, 4)]
     assert train_digitnet.RECIPES[name].distort is getattr(train_digitnet, distorted)

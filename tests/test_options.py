@@ -55,7 +55,7 @@ def run(folder: Path, *options: object) -> dict:
     seen = json.loads((folder / "seen.json").read_text())
     for path in folder.rglob("events.*"):
         seen["logged"] = [event.step for event in EventAccumulator(str(path)).Reload().Scalars("loss/train")]
-    return seen | {"said": done.stdout + done.stderr, "files": [path.name for path in folder.rglob("*")]}
+    return seen | {"printed": done.stdout + done.stderr, "files": [path.name for path in folder.rglob("*")]}
 
 
 def halves(seen):
@@ -72,8 +72,8 @@ ACTS = {
     "detect_anomaly": (["true"], lambda seen: seen["anomaly"]),
     "deterministic": (["true"], lambda seen: seen["deterministic"]),
     "devices": ([1], lambda seen: seen["device"][1] == 1),
-    "enable_model_summary": (["true"], lambda seen: "Params" in seen["said"]),
-    "enable_progress_bar": (["true"], lambda seen: "Epoch 2/2" in seen["said"]),
+    "enable_model_summary": (["true"], lambda seen: "Params" in seen["printed"]),
+    "enable_progress_bar": (["true"], lambda seen: "Epoch 2/2" in seen["printed"]),
     "fast_dev_run": (["true"], lambda seen: seen["steps"] == 1 and seen["files"] == ["seen.json"]),
     "gradient_clip_val": ([0.01], lambda seen: seen["norm"] < 0.0101),
     "gradient_clip_algorithm": (["value", "--trainer.gradient_clip_val", 0.01], lambda seen: seen["largest"] < 0.0101),

@@ -34,7 +34,7 @@ def at_work(data, rank=1, ranks=2, epoch=3, step=9, overfit_batches=0):
 
 
 def test_each_kind_of_draw_has_a_stream_of_its_own(stream_keys, grey_digits):
-    """Two draws that shared one would be correlated; under other names, last year's figures could not be had again."""
+    """Two draws that shared one would be correlated; under other names, last year's results could not be had again."""
     curve = CurveDataModule(samples=100, batch_size=20, seed=5)
     curve.setup("fit")
     assert stream_keys() == [

@@ -87,15 +87,15 @@ def test_what_is_read_and_what_is_refused(read, texts):
     ids=str,
 )
 def test_mistakes_are_told_before_anything_is_loaded(options, words, tmp_path, monkeypatch):
-    monkeypatch.setattr("flowmatch_mnist.sampling.request.fulfil", None)
+    monkeypatch.setattr("flowmatch_mnist.sampling.request.draw_and_write", None)
     assert_one_line_error(run_here("sample.py", *options, cwd=tmp_path), *words)
 
 
 def test_what_goes_wrong_later_is_told_in_a_line_too(tmp_path, monkeypatch):
-    def fulfil(options, started):
+    def draw_and_write(options, started):
         raise UserError(f"no {options.labels} today")
 
-    monkeypatch.setattr("flowmatch_mnist.sampling.request.fulfil", fulfil)
+    monkeypatch.setattr("flowmatch_mnist.sampling.request.draw_and_write", draw_and_write)
     for script in ("sample.py", "flowmatch_mnist/sample.py"):
         assert_one_line_error(run_here(script, 7, cwd=tmp_path), "no [[7]] today")
 
@@ -111,7 +111,7 @@ def test_what_goes_wrong_later_is_told_in_a_line_too(tmp_path, monkeypatch):
 )
 def test_what_goes_together_is_let_through(options, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("flowmatch_mnist.sampling.request.fulfil", lambda options, started: asked.append(options))
+    monkeypatch.setattr("flowmatch_mnist.sampling.request.draw_and_write", lambda options, started: asked.append(options))
     assert run_here("sample.py", 7, *options, cwd=tmp_path).returncode == 0 and len(asked) == 1
 
 

@@ -111,15 +111,15 @@ def test_bad_pairs_are_refused(drawn):
         load_pairs(drawn, (1, 28, 28), 10)
     with pytest.raises(UserError, match="labels 0 to 4"):
         load_pairs(drawn, (2,), 5)
-    pairs, said = load_weights(shard_path(drawn, 1))
-    save_weights(shard_path(drawn, 1), pairs, {**said, "seed": "7"})
+    pairs, metadata = load_weights(shard_path(drawn, 1))
+    save_weights(shard_path(drawn, 1), pairs, {**metadata, "seed": "7"})
     with pytest.raises(UserError, match="different sets of pairs"):
         load_pairs(drawn, (2,), 10)
     shard_path(drawn, 1).write_bytes(b"truncated")
     with pytest.raises(UserError, match="damaged"):
         load_pairs(drawn, (2,), 10)
-    pairs, said = load_weights(shard_path(drawn, 0))
-    save_weights(shard_path(drawn, 0), pairs, {**said, "path": "cosine"})
+    pairs, metadata = load_weights(shard_path(drawn, 0))
+    save_weights(shard_path(drawn, 0), pairs, {**metadata, "path": "cosine"})
     with pytest.raises(UserError, match="linear path, but has pairs of cosine"):
         load_pairs(drawn, (2,), 10)
     with pytest.raises(UserError, match="draw some with"):

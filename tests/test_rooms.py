@@ -13,7 +13,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "flowmatch_mnist"
 HOUSE = {
-    "support": ["errors", "choices", "devices", "files", "streams"],
+    "support": ["errors", "commands", "choices", "devices", "files", "streams"],
     "networks": ["base", "mlp", "unet"],
     "flow": [
         "paths",

@@ -73,8 +73,8 @@ def test_a_run_that_a_callback_stops_in_mid_epoch_resumes_to_the_bit(tmp_path, a
     options += ["--trainer.log_every_n_steps", every, "--trainer.val_check_interval", validate]
     fit(whole, *options)
     step = 25 // accumulate
-    said = fit(parts, *options, "--trainer.callbacks", "test_runs.Stop", "--trainer.callbacks.step", step)
-    assert f"stopped after step {step}: a callback stopped it; wrote runs/toy/version_0/checkpoints/last.ckpt" in said
+    printed = fit(parts, *options, "--trainer.callbacks", "test_runs.Stop", "--trainer.callbacks.step", step)
+    assert f"stopped after step {step}: a callback stopped it; wrote runs/toy/version_0/checkpoints/last.ckpt" in printed
     held = last(parts)
     assert held["global_step"] == step and held["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"] == 1
     fit(parts, *options, "--ckpt_path", "last")
@@ -100,10 +100,10 @@ def test_a_checkpoint_comes_after_the_points_of_its_step(tmp_path, monkeypatch):
     assert losses(killed) == losses(whole)
 
 
-def test_a_stop_in_the_last_step_of_an_epoch_leaves_its_figures(tmp_path):
+def test_a_stop_in_the_last_step_of_an_epoch_leaves_its_scores(tmp_path):
     options = ["--trainer.log_every_n_steps", 7, "--evaluation.every_n_epochs", 1, "--trainer.check_val_every_n_epoch", 3]
-    said = fit(tmp_path, *options, "--trainer.callbacks", "test_runs.Stop", "--trainer.callbacks.step", 40)
-    assert "stopped after step 40: a callback stopped it" in said
+    printed = fit(tmp_path, *options, "--trainer.callbacks", "test_runs.Stop", "--trainer.callbacks.step", 40)
+    assert "stopped after step 40: a callback stopped it" in printed
     assert [step for step, _ in losses(tmp_path, "quality/distance to the curve")] == [19, 39]
     assert [step for step, _ in losses(tmp_path)] == [6, 13, 20, 27, 34]
 
@@ -168,9 +168,9 @@ def test_the_best_of_several_checkpoints_is_the_best(tmp_path):
 
 
 def test_the_best_by_quality_is_of_the_weights_that_were_measured(tmp_path):
-    figure = "quality/distance to the curve"
-    fit(tmp_path, "--checkpoint.monitor", figure, "--evaluation.every_n_steps", 15, "--trainer.check_val_every_n_epoch", 1)
-    values = dict(losses(tmp_path, figure))
+    score = "quality/distance to the curve"
+    fit(tmp_path, "--checkpoint.monitor", score, "--evaluation.every_n_steps", 15, "--trainer.check_val_every_n_epoch", 1)
+    values = dict(losses(tmp_path, score))
     assert set(values) == {14, 29, 44, 59} and last(tmp_path, name="best")["global_step"] == min(values, key=values.get) + 1
 
 

@@ -175,7 +175,7 @@ def test_the_weights_in_the_package_can_be_asked_for_beside_a_run(tiny_run):
 
 
 def test_the_weights_in_the_package_draw_as_well_as_they_say(data_dir):
-    """A few of the digits whose figures stand in each file, drawn and measured anew."""
+    """A few of the digits whose scores stand in each file, drawn and measured anew."""
     images, labels = mnist.load(data_dir, "test")
     sights = {}
     for name in READERS:
@@ -183,17 +183,17 @@ def test_the_weights_in_the_package_draw_as_well_as_they_say(data_dir):
         sights["" if name == "digitnet" else f"{name}/"] = net, FrechetDistance(read_digits(net, images)[0])
     for path in PRETRAINED.values():
         flow, sampler = load(path)
-        said = load_weights(path)[1]
-        count = min(map(int, json.loads(said["figures"])))
-        figures = json.loads(said["figures"])[str(count)]
+        metadata = load_weights(path)[1]
+        count = min(map(int, json.loads(metadata["figures"])))
+        scores = json.loads(metadata["figures"])[str(count)]
         drawn = generate(flow, labels_like(labels, count), sampler)
         for by, (net, distance) in sights.items():
             features, digits = read_digits(net, drawn.values)
-            accuracy, its_error, *_ = figures[f"{by}label accuracy"]
+            accuracy, its_error, *_ = scores[f"{by}label accuracy"]
             assert (digits == drawn.labels).double().mean() == pytest.approx(accuracy, abs=its_error / 2)
-            expected, its_error, *_ = figures[f"{by}Frechet distance"]
+            expected, its_error, *_ = scores[f"{by}Frechet distance"]
             assert distance(features) == pytest.approx(expected, abs=its_error / 2)
-        assert path.stat().st_size < 8e6 and said["command"].split(" && ")[-1].startswith("python train.py")
+        assert path.stat().st_size < 8e6 and metadata["command"].split(" && ")[-1].startswith("python train.py")
 
 
 def test_a_saved_model_is_loaded_as_it_was(tmp_path, tiny_net):

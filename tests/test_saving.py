@@ -307,8 +307,8 @@ def test_lightnings_deterministic_mode_works(tmp_path, data_dir, monkeypatch):
 def test_weights_are_refused_if_anything_in_them_has_changed(tmp_path):
     path = tmp_path / "some.safetensors"
     save_weights(path, {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(3)}, {"seed": "0"})
-    weights, said = load_weights(path)
-    assert torch.equal(weights["a"], torch.arange(6.0).view(2, 3)) and said == {"seed": "0"}
+    weights, metadata = load_weights(path)
+    assert torch.equal(weights["a"], torch.arange(6.0).view(2, 3)) and metadata == {"seed": "0"}
     (tmp_path / "plain").touch()
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode, "others may read it as they may any file"
     content = path.read_bytes()

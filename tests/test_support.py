@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from flowmatch_mnist.support.choices import PRETRAINED
+from flowmatch_mnist.support.commands import CommandParser, as_typed
 from flowmatch_mnist.support.devices import compile_in_place, default_device
-from flowmatch_mnist.support.errors import CommandParser, UserError, exit_on_error
+from flowmatch_mnist.support.errors import UserError, exit_on_error
 from flowmatch_mnist.support.files import load_checkpoint, save_checkpoint, save_json
 
 
@@ -85,9 +86,23 @@ def test_a_mistake_on_a_command_line_is_one_line_with_where_to_look(capsys):
     assert "What\n    it does." in parser.format_help()
 
 
+@pytest.mark.parametrize(
+    ("running", "train", "sample"),
+    [
+        ("/somewhere/train.py", "python train.py", "python sample.py"),
+        ("/somewhere/bin/flowmatch-train", "flowmatch-train", "flowmatch-sample"),
+        ("flowmatch-sample.exe", "flowmatch-train", "flowmatch-sample"),
+        ("/somewhere/bin/pytest", "python train.py", "python sample.py"),
+    ],
+)
+def test_messages_name_commands_as_they_are_typed(running, train, sample, monkeypatch):
+    monkeypatch.setattr("sys.argv", [running, "--help"])
+    assert as_typed("train") == train and as_typed("sample") == sample
+
+
 def test_plain_values_are_written_to_be_read(tmp_path):
-    save_json(tmp_path / "new/figures.json", {"é": 1})
-    assert (tmp_path / "new/figures.json").read_bytes() == b'{\n "\xc3\xa9": 1\n}\n'
+    save_json(tmp_path / "new/scores.json", {"é": 1})
+    assert (tmp_path / "new/scores.json").read_bytes() == b'{\n "\xc3\xa9": 1\n}\n'
 
 
 def test_of_a_checkpoint_that_could_not_be_read_the_part_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""The lessons before the digits, DDPM, and the toy's own data and figures."""
+"""The lessons before the digits, DDPM, and the toy's own data and scores."""
 
 import json
 import math
@@ -30,8 +30,8 @@ def test_a_toy_trains_and_draws_its_curve(name, tmp_path):
     short += ["--sampling.every_n_epochs", 1, "--evaluation.every_n_epochs", 1]
     done = run_here("train.py", "--config", ROOT / f"configs/{name}.yaml", *short, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
-    figures = re.findall(r"samples, distance to the curve ([0-9.]+) ± [0-9.]+" + TOYS[name], done.stdout)
-    assert len(figures) == 2 and float(figures[1]) < float(figures[0])
+    distances = re.findall(r"samples, distance to the curve ([0-9.]+) ± [0-9.]+" + TOYS[name], done.stdout)
+    assert len(distances) == 2 and float(distances[1]) < float(distances[0])
     version = tmp_path / f"runs/{name}/version_0"
     with Image.open(version / "samples/curve-000100.png") as picture:
         assert picture.mode == "RGB" and picture.size == (1200, 400)

@@ -80,8 +80,8 @@ def test_a_variant_from_end_to_end(tmp_path, few_digits, variant):
         assert found == yaml.safe_load(str(value)), name
 
     flow, sampler = load(whole / LAST)
-    said = command(whole, "sample.py", "0-9", "--out", "drawn.npz")
-    assert sampler.description() in said
+    printed = command(whole, "sample.py", "0-9", "--out", "drawn.npz")
+    assert sampler.description() in printed
     drawn = np.load(whole / "drawn.npz")["images"]
     assert drawn.shape == (10, 28, 28) and drawn.std() > 0.1
     table = command(whole, "train.py", "test", "--ckpt_path", "last")
@@ -122,5 +122,5 @@ def test_reflow_of_a_teacher_with_labels_from_end_to_end(tmp_path):
 
     table = command(tmp_path, "train.py", "test", "--ckpt_path", "runs/whole/version_0/checkpoints/last.ckpt")
     assert "500 samples with the labels of the test split" in table
-    figures = json.loads((tmp_path / "runs/whole/version_0/checkpoints/metrics.json").read_text())["figures"]
-    assert figures["on its segment"]["samples"]["value"] > 0.7
+    scores = json.loads((tmp_path / "runs/whole/version_0/checkpoints/metrics.json").read_text())["scores"]
+    assert scores["on its segment"]["samples"]["value"] > 0.7

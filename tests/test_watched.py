@@ -195,11 +195,11 @@ def test_muon_follows_its_recurrence():
         torch.testing.assert_close(kernel.detach(), expected)
 
 
-class Figures(Callback):
-    """Logs a figure in each validation, which falls and rises again."""
+class Scores(Callback):
+    """Logs a number in each validation, which falls and rises again."""
 
     def on_validation_epoch_end(self, trainer, module):
-        module.log("figure", [0.5, 0.3, 0.7, 0.4][trainer.global_step // 2 - 1])
+        module.log("score", [0.5, 0.3, 0.7, 0.4][trainer.global_step // 2 - 1])
 
 
 @pytest.mark.parametrize(
@@ -212,11 +212,11 @@ class Figures(Callback):
         ({"mode": "max", "filename": "top"}, 6, ["top.ckpt"]),
     ],
 )
-def test_the_best_is_by_the_figure_that_is_named(tmp_path, digits, monkeypatch, settings, best, kept):
+def test_the_best_is_by_the_score_that_is_named(tmp_path, digits, monkeypatch, settings, best, kept):
     monkeypatch.setattr(Trainer, "log_dir", tmp_path)
-    keep = KeepBest(monitor="figure", **settings)
+    keep = KeepBest(monitor="score", **settings)
     often = {"limit_train_batches": 8, "val_check_interval": 2}
-    fit(tmp_path, digits, Figures(), keep, enable_checkpointing=True, plugins=[CheckpointFiles()], **often)
+    fit(tmp_path, digits, Scores(), keep, enable_checkpointing=True, plugins=[CheckpointFiles()], **often)
     assert load_checkpoint(tmp_path / "checkpoints/best.ckpt")["global_step"] == best
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == sorted(["best.ckpt", *kept])
 
@@ -224,9 +224,9 @@ def test_the_best_is_by_the_figure_that_is_named(tmp_path, digits, monkeypatch, 
 def test_a_name_that_is_taken_is_counted_up_only_if_asked(tmp_path, digits, monkeypatch):
     monkeypatch.setattr(Trainer, "log_dir", tmp_path)
     for counted, names in ((False, {"top.ckpt"}), (False, {"top.ckpt"}), (True, {"top.ckpt", "top-v1.ckpt"})):
-        keep = KeepBest("top", "figure", enable_version_counter=counted)
+        keep = KeepBest("top", "score", enable_version_counter=counted)
         often = {"limit_train_batches": 2, "val_check_interval": 2, "enable_checkpointing": True}
-        fit(tmp_path, digits, Figures(), keep, plugins=[CheckpointFiles()], **often)
+        fit(tmp_path, digits, Scores(), keep, plugins=[CheckpointFiles()], **often)
         assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"best.ckpt"} | names
 
 
@@ -243,7 +243,7 @@ def test_a_name_that_is_taken_is_counted_up_only_if_asked(tmp_path, digits, monk
         ({}, [4, 8, 12, 16]),
     ],
 )
-def test_pictures_and_figures_come_when_they_are_asked_for(tmp_path, digits, kind, when, steps):
+def test_pictures_and_scores_come_when_they_are_asked_for(tmp_path, digits, kind, when, steps):
     done = []
     periodic = kind(**when)
     periodic.act = lambda trainer, module: done.append(trainer.global_step)
@@ -252,7 +252,7 @@ def test_pictures_and_figures_come_when_they_are_asked_for(tmp_path, digits, kin
 
 
 @pytest.mark.parametrize(("kind", "room"), [(DrawSamples, drawing), (Evaluate, evaluation)])
-def test_pictures_and_figures_are_of_the_noise_and_number_asked_for(tmp_path, digits, monkeypatch, kind, room):
+def test_pictures_and_scores_are_of_the_noise_and_number_asked_for(tmp_path, digits, monkeypatch, kind, room):
     monkeypatch.setattr(Trainer, "log_dir", tmp_path)
     seen, really = [], room.generate
     monkeypatch.setattr(room, "generate", lambda *a, **s: seen.append(really(*a, **s, decode=torch.clone)) or really(*a, **s))
@@ -265,15 +265,15 @@ def test_pictures_and_figures_are_of_the_noise_and_number_asked_for(tmp_path, di
     assert torch.equal(other[3:4], draw_noise(4, (1, 28, 28), streams.generator("cpu", 7, "sampling"))[3:])
 
 
-MEASURED = Measurement("figure", Estimate(0.5, 0.01), Estimate(0.25, 0.0))
+MEASURED = Measurement("score", Estimate(0.5, 0.01), Estimate(0.25, 0.0))
 
 
 def test_quality_is_measured_by_each_number_of_steps(tmp_path, digits, monkeypatch):
-    monkeypatch.setattr(digits.problem, "headlines", ("quality/figure",))
+    monkeypatch.setattr(digits.problem, "headlines", ("quality/score",))
     monkeypatch.setattr(digits.problem, "scorer", lambda *_: lambda samples: [MEASURED])
     points = Evaluate(samples=20, steps=(3, 1, 3)).by_steps(*fit(tmp_path, digits), "val")
     assert points == [
-        {"steps": n, "evaluations": n, "samples": 20, "figures": {"figure": {"value": 0.5, "error": 0.01}}} for n in (1, 3)
+        {"steps": n, "evaluations": n, "samples": 20, "scores": {"score": {"value": 0.5, "error": 0.01}}} for n in (1, 3)
     ]
 
 

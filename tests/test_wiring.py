@@ -135,17 +135,19 @@ def test_the_evaluator_is_trained_as_its_options_say(tmp_path, grey_digits, monk
         assert done.returncode == 0, done.stderr
         return load_weights(tmp_path / "net.safetensors")
 
-    weights, said = trained("--epochs", 1, "--seed", 3, "--data-dir", "there")
+    weights, metadata = trained("--epochs", 1, "--seed", 3, "--data-dir", "there")
     assert [str(folder) for folder in folders] == ["there"]
-    assert said["seed"] == "3" and "--epochs 1 --seed 3" in said["command"] and "torch" in json.loads(said["versions"])
+    assert (
+        metadata["seed"] == "3" and "--epochs 1 --seed 3" in metadata["command"] and "torch" in json.loads(metadata["versions"])
+    )
     other, _ = trained("--epochs", 1, "--seed", 4)
     assert not all(torch.equal(weights[name], other[name]) for name in weights)
     digitnet.train("digitnet", *mnist.load(None, "train"), epochs=2, seed=0, batch_size=300)
     assert sizes[-1] == [300] * 4
-    others, said = trained("--net", "resnet", "--epochs", 1)
-    assert not set(others) <= set(weights) and "--net resnet --epochs 1 --seed 1" in said["command"]
+    others, metadata = trained("--net", "resnet", "--epochs", 1)
+    assert not set(others) <= set(weights) and "--net resnet --epochs 1 --seed 1" in metadata["command"]
     monkeypatch.setattr(digitnet, "train", mock.Mock(side_effect=AssertionError("nothing is to be trained")))
     again, measured = trained("--measure")
-    packaged, said = load_weights(weights_of("digitnet"))
+    packaged, metadata = load_weights(weights_of("digitnet"))
     assert all(torch.equal(again[name], value) for name, value in packaged.items())
-    assert measured["command"] == said["command"] and measured["real digits"] != said["real digits"]
+    assert measured["command"] == metadata["command"] and measured["real digits"] != metadata["real digits"]

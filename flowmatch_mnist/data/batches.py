@@ -81,8 +81,8 @@ class Batches:
         epoch, samples = self.epoch(), len(self.tensors[0])
         order = torch.arange(samples)
         if self.seed is not None:
-            dice = streams.generator("cpu", self.seed, "order", 0 if self.same_order else epoch)
-            order = torch.randperm(samples, generator=dice)
+            generator = streams.generator("cpu", self.seed, "order", 0 if self.same_order else epoch)
+            order = torch.randperm(samples, generator=generator)
         order = order.to(self.tensors[0].device)
         # A run that was saved at the end of an epoch resumes at the start of the next epoch.
         first = self._resume_at[1] if self._resume_at and self._resume_at[0] == epoch else 0

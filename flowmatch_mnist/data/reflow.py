@@ -89,7 +89,7 @@ def draw_pairs(
         UserError: if the folder holds pairs from another teacher, sampler, seed or count.
     """
     shards = -(-count // SHARD)
-    said = describe(flow, sampler, seed, shards)
+    metadata = describe(flow, sampler, seed, shards)
     missing = []
     for number in range(shards):
         path = shard_path(folder, number)
@@ -98,11 +98,11 @@ def draw_pairs(
         except UserError:
             missing.append(number)  # missing or damaged
             continue
-        if there != {**said, "number": str(number)}:
+        if there != {**metadata, "number": str(number)}:
             raise UserError(f"{path} has pairs from another teacher, sampler, seed or count; use another --out, or remove it")
     for number in track(missing, "drawing pairs", console=Console(stderr=True), transient=True):
         shard = draw_shard(flow, sampler, number, seed, batch_size)
-        save_weights(shard_path(folder, number), shard, {**said, "number": str(number)})
+        save_weights(shard_path(folder, number), shard, {**metadata, "number": str(number)})
     return shards, len(missing)
 
 
@@ -120,14 +120,16 @@ def load_pairs(folder: Path, shape: tuple[int, ...], classes: int) -> dict[str, 
     first = shard_path(folder, 0)
     if not first.is_file():
         raise UserError(f"no pairs in {folder}; draw some with `python -m flowmatch_mnist.reflow --out {folder}`")
-    pairs, said = load_weights(first)
-    if said.get("path") != LINE:
-        raise UserError(f"{first} needs pairs of the {LINE} path, but has pairs of {said.get('path')}; draw the pairs again")
+    pairs, metadata = load_weights(first)
+    if metadata.get("path") != LINE:
+        raise UserError(
+            f"{first} needs pairs of the {LINE} path, but has pairs of {metadata.get('path')}; draw the pairs again"
+        )
     shards = []
-    for number in range(int(said["shards"])):
+    for number in range(int(metadata["shards"])):
         path = shard_path(folder, number)
-        pairs, its_own = load_weights(path) if number else (pairs, said)
-        if its_own != {**said, "number": str(number)}:
+        pairs, its_own = load_weights(path) if number else (pairs, metadata)
+        if its_own != {**metadata, "number": str(number)}:
             raise UserError(f"{path} and {first} belong to different sets of pairs; draw the pairs again")
         if not fits(pairs, shape, classes):
             raise UserError(f"{path} has no pairs of shape {shape} with labels 0 to {classes - 1}; use another folder")

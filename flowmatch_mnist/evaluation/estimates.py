@@ -1,4 +1,4 @@
-"""Figures with their standard errors. An error says how far a figure would move with other samples of the same kind."""
+"""Scores with their standard errors. An error says how far a score would move with other samples of the same kind."""
 
 import math
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 class Estimate(NamedTuple):
-    """A figure and its standard error, in the same unit. An exact figure has the error 0.
+    """A number and its standard error, in the same unit. An exact number has the error 0.
 
-    As text, the figure has the digits that its error allows. The error has two digits if it begins with 1, 2 or 3, and one
+    As text, the number has the digits that its error allows. The error has two digits if it begins with 1, 2 or 3, and one
     digit otherwise: `1.84 ± 0.07`.
     """
 
@@ -20,7 +20,7 @@ class Estimate(NamedTuple):
     error: float
 
     def __truediv__(self, other: "Estimate") -> "Estimate":
-        """Return the ratio of two figures with independent errors."""
+        """Return the ratio of two numbers with independent errors."""
         ratio = self.value / other.value
         return Estimate(ratio, math.hypot(self.error, ratio * other.error) / abs(other.value))
 
@@ -64,8 +64,8 @@ class Measurement:
 
     Attributes:
         name: the measure's name. If it contains a slash, the part before the slash is a group of details.
-        samples: the figure of the samples.
-        real: the baseline: the figure of real data, scored in the same way.
+        samples: the score of the samples.
+        real: the baseline: the score of real data, scored in the same way.
         ratio: whether the score is the ratio `samples / real`.
     """
 
@@ -96,12 +96,12 @@ class Measurement:
 
     @property
     def score(self) -> Estimate:
-        """Return the main figure: the samples' figure, or its ratio to the baseline."""
+        """Return the main number: the samples' score, or its ratio to the baseline."""
         return self.samples / self.real if self.ratio else self.samples
 
 
 def table(measurements: Sequence[Measurement]) -> str:
-    """Return the measurements as lines of text: name, samples' figure, baseline, and their ratio if that is the score."""
+    """Return the measurements as lines of text: name, samples' score, baseline, and their ratio if that is the score."""
     lines = [f"{'':36}{'samples':>18}{'real data':>18}{'ratio':>14}"]
     for m in measurements:
         ratio = f"{m.score!s:>14}" if m.ratio else ""

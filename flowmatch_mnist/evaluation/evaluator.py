@@ -10,7 +10,7 @@ from torch import Tensor
 from flowmatch_mnist.evaluation.copies import Copies
 from flowmatch_mnist.evaluation.estimates import Estimate, Measurement, mean, share
 from flowmatch_mnist.evaluation.metrics import FrechetDistance, Manifold, read_digits
-from flowmatch_mnist.evaluation.readers import READERS, Reader, claims, reader
+from flowmatch_mnist.evaluation.readers import READERS, Reader, metadata_of, reader
 from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.errors import UserError
 
@@ -113,7 +113,7 @@ class Evaluator:
         self.sights = {name: Sight(reader(name).to(device), held_out) for name in READERS}
         self.copies = Copies(images, self.training, device)
         self._baselines: dict[tuple[int, ...], dict[str, list[Estimate]]] = {}
-        known = {name: json.loads(claims(name).get("real digits", "{}")) for name in READERS}
+        known = {name: json.loads(metadata_of(name).get("real digits", "{}")) for name in READERS}
         if all(baseline.get("beside") == fingerprint(images) for baseline in known.values()):
             self._baselines[counts_of(self.labels)] = {
                 name: [Estimate(*estimate) for estimate in baseline["scores"]] for name, baseline in known.items()

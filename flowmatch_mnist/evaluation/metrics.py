@@ -67,8 +67,8 @@ class FrechetDistance:
 
         Source: Efron 1979, "Bootstrap Methods: Another Look at the Jackknife".
         """
-        dice = streams.generator("cpu", "resamples")
-        again = [torch.randint(len(features), (len(features),), generator=dice) for _ in range(RESAMPLES)]
+        generator = streams.generator("cpu", "resamples")
+        again = [torch.randint(len(features), (len(features),), generator=generator) for _ in range(RESAMPLES)]
         scatter = torch.tensor([self(features[some]) for some in again]).std().item()
         return Estimate(self(features), scatter)
 

@@ -118,7 +118,7 @@ def weights_of(name: str) -> Path:
     return FOLDER / f"{name}.safetensors"
 
 
-def claims(name: str) -> dict[str, str]:
+def metadata_of(name: str) -> dict[str, str]:
     """Return the metadata in a classifier's file: how it was trained, and the baseline of real digits."""
     return load_weights(weights_of(name))[1]
 

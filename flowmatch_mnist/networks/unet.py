@@ -107,7 +107,7 @@ class UNet(Network):
         dropout: probability of dropping an activation inside a residual block, in [0, 1).
         spans: whether to learn mean velocities too, see `flow.meanflow`.
         groups: number of groups of channels that are normalised separately. A layer uses the greatest common divisor of this
-            number and its channels. With 1 group, training on a CPU is faster by a seventh, see benchmarks/README.md.
+            number and its channels. With 1 group, a training step on a CPU takes a fifth less time, see benchmarks/README.md.
 
     Raises:
         ValueError: if `channels`, `blocks` and `attention` have different lengths, a number is not positive, attention cannot

@@ -76,7 +76,7 @@ def between(images: Tensor, columns: int, given: list[tuple[Tensor, int]]) -> Te
     return grid(torch.cat([*ends[:1], rows, *ends[1:]], dim=1).flatten(0, 1), columns + len(ends))
 
 
-def fulfil(options: argparse.Namespace, started: float) -> None:
+def draw_and_write(options: argparse.Namespace, started: float) -> None:
     """Draw and write the digits. Print a summary and the time since `started`, in seconds of `time.perf_counter`."""
     given = [digit_of(file, number, options.data_dir) for file, number in options.from_image or []]
     device = options.device or default_device()

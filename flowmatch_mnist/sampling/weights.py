@@ -20,6 +20,7 @@ from flowmatch_mnist.networks.unet import UNet
 from flowmatch_mnist.sampling.generate import Flow, Sampler, Samples, generate
 from flowmatch_mnist.sampling.units import UNITS
 from flowmatch_mnist.support.choices import PRETRAINED
+from flowmatch_mnist.support.commands import as_typed
 from flowmatch_mnist.support.errors import UserError, one_line
 from flowmatch_mnist.support.files import damage, load_checkpoint, load_weights, save_weights
 
@@ -52,7 +53,7 @@ def newest_checkpoint(runs: Path = Path("runs"), name: str | None = None, file: 
             log.warning("skipping %s: %s", candidate, wrong)
     raise UserError(
         f"found no {'undamaged ' * bool(found)}{file} below {runs if name is None else runs / name}; train a model with "
-        "`python train.py`, or give a checkpoint"
+        f"`{as_typed('train')}`, or give a checkpoint"
     )
 
 
@@ -71,7 +72,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         UserError: if the file is missing, damaged, or not one of this project's checkpoints.
     """
     if not path.is_file():
-        raise UserError(f"there is no checkpoint at {path}; check the path, or train a model with `python train.py`")
+        raise UserError(f"there is no checkpoint at {path}; check the path, or train a model with `{as_typed('train')}`")
     checkpoint = load_checkpoint(path)
     if not isinstance(checkpoint.get(KEY), dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(f"cannot read {path}: it is no checkpoint of this project; use one that train.py wrote")

@@ -11,4 +11,4 @@ SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
 """The spacings of the times of `flow.solvers.time_grid`."""
 
 PRETRAINED = {name: Path(__file__).parents[1] / "weights" / f"{name}.safetensors" for name in ("mnist", "few-step", "one-step")}
-"""The trained weights in the package. Each file describes its training and its figures."""
+"""The trained weights in the package. Each file describes its training and its scores."""

@@ -1,10 +1,8 @@
 """Reporting mistakes that the user can fix: one line on stderr, exit status 2, no traceback."""
 
-import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
 
 
 class UserError(Exception):
@@ -14,17 +12,6 @@ class UserError(Exception):
 def one_line(message: object) -> str:
     """Return a message on a single line."""
     return " ".join(str(message).split())
-
-
-class CommandParser(argparse.ArgumentParser):
-    """An argument parser. It reports errors on one line, and its help shows the docstring unchanged."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
-
-    def error(self, message: str) -> NoReturn:
-        """Print what is wrong, and exit with status 2."""
-        self.exit(2, f"error: {one_line(message)}; see `{self.prog} --help`\n")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Keeping the best checkpoints of a run, by the validation loss or by a figure of quality."""
+"""Keeping the best checkpoints of a run, by the validation loss or by a score of quality."""
 
 import shutil
 from pathlib import Path
@@ -13,15 +13,15 @@ from flowmatch_mnist.training.folder import folder_of
 
 
 class KeepBest(ModelCheckpoint):
-    """Keeps `best.ckpt`, the checkpoint with the lowest (or highest) value of one figure, and more checkpoints if asked to.
+    """Keeps `best.ckpt`, the checkpoint with the lowest (or highest) value of one number, and more checkpoints if asked to.
 
-    If `Evaluate` measures the figure, this callback saves right after that. So the figure belongs to the saved weights.
+    If `Evaluate` measures the number, this callback saves right after that. So the number belongs to the saved weights.
 
     Args:
         filename: name of the checkpoints, without the extension: by default "best" for a single one, and the step for several.
-        monitor: the figure: "loss/val", or one that `Evaluate` logs, such as "quality/Frechet distance ratio".
+        monitor: the number: "loss/val", or one that `Evaluate` logs, such as "quality/Frechet distance ratio".
         save_top_k: number of checkpoints to keep; -1 keeps all, 0 keeps none.
-        mode: "min" if a lower figure is better, "max" if a higher figure is better.
+        mode: "min" if a lower number is better, "max" if a higher number is better.
         settings: other arguments of Lightning's `ModelCheckpoint`.
 
     Raises:
@@ -88,14 +88,14 @@ class KeepBest(ModelCheckpoint):
         self._by_quality(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save if the quality was just measured, or as Lightning does. An epoch that stopped in the middle has no figures."""
+        """Save if the quality was just measured, or as Lightning does. An epoch that stopped in the middle has no scores."""
         if trainer.should_stop and not trainer.is_last_batch:
             return
         super().on_train_epoch_end(trainer, pl_module)
         self._by_quality(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save as Lightning does, but not by quality: at this point, the last figure may belong to earlier weights."""
+        """Save as Lightning does, but not by quality: at this point, the last score may belong to earlier weights."""
         if not self.by_quality:
             super().on_validation_end(trainer, pl_module)
             self._copy(trainer)

@@ -48,7 +48,8 @@ class LogConfig(SaveConfigCallback):
 
 def command() -> str:
     """Return the command line of this run."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0]).name
+    return shlex.join([*["python"] * program.endswith(".py"), program, *sys.argv[1:]])
 
 
 def machine(trainer: Trainer) -> str:

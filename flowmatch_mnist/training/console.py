@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from rich.progress import ProgressColumn, Task
 from rich.text import Text
 
+from flowmatch_mnist.support.commands import as_typed
 from flowmatch_mnist.support.devices import memory_used
 from flowmatch_mnist.training.arguments import RUNS
 from flowmatch_mnist.training.drawing import FILM
@@ -105,8 +106,8 @@ class Report(Callback):
         elif is_logged(trainer, trainer.global_step):
             rate = self._samples / (time.perf_counter() - self._mark)
             memory = memory_used(pl_module.device)
-            figures = {"speed/samples_per_second": rate, **({} if memory is None else {"speed/gpu_memory_gb": memory / 1e9})}
-            log_scalars(trainer, figures, last_step(trainer))
+            scalars = {"speed/samples_per_second": rate, **({} if memory is None else {"speed/gpu_memory_gb": memory / 1e9})}
+            log_scalars(trainer, scalars, last_step(trainer))
             self._rate = f"{rate:.0f} samples/s, "
             self._mark = None
         self._foretell(trainer)
@@ -154,6 +155,6 @@ def what_next(folder: Path, runs: Path, drawable: bool) -> str:
     lines = [f"done; the files are in {folder}" + (f"; {film} shows how it learned" if film.is_file() else "") + "; next:"]
     if last.is_file():
         if drawable:
-            lines.append("  python sample.py 0-9 --per-class 10" + ("" if usual else f" --checkpoint {last}"))
-        lines.append(f"  python train.py test --ckpt_path {'last' if usual else last}")
+            lines.append(f"  {as_typed('sample')} 0-9 --per-class 10" + ("" if usual else f" --checkpoint {last}"))
+        lines.append(f"  {as_typed('train')} test --ckpt_path {'last' if usual else last}")
     return "\n".join([*lines, f"  tensorboard --logdir {runs}"])

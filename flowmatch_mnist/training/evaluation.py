@@ -25,21 +25,21 @@ from flowmatch_mnist.training.steps import last_step
 from flowmatch_mnist.training.tensorboard import log_curve, log_scalars
 
 QUALITY = "quality"
-"""The tags of all figures begin with this word."""
+"""The tags of all scores begin with this word."""
 
 
 def plain(estimate: Estimate) -> dict[str, float]:
-    """Return a figure and its standard error in the form that files use."""
+    """Return a score and its standard error in the form that files use."""
     return {"value": round(estimate.value, 6), "error": round(estimate.error, 6)}
 
 
 class Evaluate(Periodic):
     """Measures samples that are drawn with the averaged weights, because the loss alone does not show their quality.
 
-    During training it measures `samples` samples. The figures go to the loggers and into Lightning's metrics, where
+    During training it measures `samples` samples. The scores go to the loggers and into Lightning's metrics, where
     `--checkpoint.monitor`, early stopping and other callbacks can use them. In `validate` and `test` it measures `test_samples`
     samples, prints a table, and writes `metrics.json` next to the checkpoint. It also measures `samples` samples for each
-    number of steps. These figures go into `metrics.json` and, as curves over the network evaluations, into TensorBoard.
+    number of steps. These scores go into `metrics.json` and, as curves over the network evaluations, into TensorBoard.
 
     The problem decides what is measured. The samples have the labels of the real data that they are compared with, in the same
     proportions. Each process draws a share of the samples, and one process measures all of them. The samples do not depend on
@@ -78,23 +78,23 @@ class Evaluate(Periodic):
         self.steps = sorted(set(steps))
         self.seed = seed
         self._scorers: dict[str, Scorer] = {}
-        self._figures: dict[str, float] = {}
+        self._scores: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step and the figures of the last measurement."""
-        return {**super().state_dict(), "figures": self._figures}
+        """Return the step and the scores of the last measurement."""
+        return {**super().state_dict(), "scores": self._scores}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the step and the figures of the last measurement."""
+        """Restore the step and the scores of the last measurement."""
         super().load_state_dict(state_dict)
-        self._figures = state_dict.get("figures", {})
+        self._scores = state_dict.get("scores", {})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Publish the last figures, because other callbacks of a resumed run may need them."""
+        """Publish the last scores, because other callbacks of a resumed run may need them."""
         self._tell(trainer)
 
     def _tell(self, trainer: Trainer) -> None:
-        trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in self._figures.items()})
+        trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in self._scores.items()})
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure samples in `validate`."""
@@ -106,16 +106,16 @@ class Evaluate(Periodic):
         self.report(trainer, cast(FlowMatching, pl_module), "test")
 
     def act(self, trainer: Trainer, module: FlowMatching) -> None:
-        """Compare a few samples with the validation data, log all figures and print the main ones."""
+        """Compare a few samples with the validation data, log all scores and print the main ones."""
         samples = self.sample(trainer, module, module.sampler, "val", self.samples)
         if trainer.is_global_zero:
             measurements = self.measure(trainer, module, samples, "val")
-            self._figures = {m.tag: m.score.value for m in measurements}
+            self._scores = {m.tag: m.score.value for m in measurements}
             errors = {m.error_tag: m.score.error for m in measurements}
-            log_scalars(trainer, self._figures | errors, last_step(trainer))
+            log_scalars(trainer, self._scores | errors, last_step(trainer))
             words = [f"{m.title} {m.score}" for m in measurements if m.main]
             print(f"step {trainer.global_step}: {len(samples.labels)} samples, {', '.join(words[:4])}", flush=True)
-        self._figures = trainer.strategy.broadcast(self._figures)  # all processes must make the same decisions
+        self._scores = trainer.strategy.broadcast(self._scores)  # all processes must make the same decisions
         self._tell(trainer)
 
     def report(self, trainer: Trainer, module: FlowMatching, split: Literal["val", "test"]) -> None:
@@ -136,9 +136,9 @@ class Evaluate(Periodic):
             f"{table(measurements)}\n{f'loss/{split}':36}{loss:18.4f}"
         )
         for number, point in enumerate(by_steps):
-            scores = ", ".join(f"{title} {Estimate(**figure)}" for title, figure in point["figures"].items())
+            words = ", ".join(f"{title} {Estimate(**score)}" for title, score in point["scores"].items())
             print(
-                f"{'and' if number else f'{self.samples:,} samples'} with {point['evaluations']} network evaluations: {scores}"
+                f"{'and' if number else f'{self.samples:,} samples'} with {point['evaluations']} network evaluations: {words}"
             )
         checkpoint = Path(str(trainer.ckpt_path))
         report = checkpoint.with_name("metrics.json")
@@ -147,7 +147,7 @@ class Evaluate(Periodic):
             {
                 "checkpoint": checkpoint.name,
                 "split": split,
-                "figures": {m.name: {"samples": plain(m.samples), "real data": plain(m.real)} for m in measurements},
+                "scores": {m.name: {"samples": plain(m.samples), "real data": plain(m.real)} for m in measurements},
                 f"loss/{split}": round(loss, 6),
                 "samples": len(samples.labels),
                 "sampler": asdict(module.sampler),
@@ -170,10 +170,10 @@ class Evaluate(Periodic):
             samples = self.sample(trainer, module, replace(module.sampler, steps=steps), split, self.samples)
             if trainer.is_global_zero:
                 measurements = self.measure(trainer, module, samples, split)
-                figures = {m.title: plain(m.score) for m in measurements if m.tag in headlines}
-                points.append({"steps": steps, "evaluations": samples.evaluations, "samples": self.samples, "figures": figures})
-        for title in points[0]["figures"] if points else []:
-            curve = {point["evaluations"]: point["figures"][title]["value"] for point in points}
+                scores = {m.title: plain(m.score) for m in measurements if m.tag in headlines}
+                points.append({"steps": steps, "evaluations": samples.evaluations, "samples": self.samples, "scores": scores})
+        for title in points[0]["scores"] if points else []:
+            curve = {point["evaluations"]: point["scores"][title]["value"] for point in points}
             log_curve(trainer, f"quality_by_evaluations/{title}", curve)
         return points
 

@@ -197,10 +197,10 @@ class FlowMatching(LightningModule):
         if logged:
             loss, size = torch.stack([self.last_loss.float(), norm.float()]).tolist()
             rate = optimizer.param_groups[0]["lr"]
-            figures = {"loss/train": loss, "optimizer/gradient_norm": size, "optimizer/learning_rate": rate}
+            scalars = {"loss/train": loss, "optimizer/gradient_norm": size, "optimizer/learning_rate": rate}
             # Lightning would pass them to the loggers only after SaveLast: a run killed in between would lose the points.
-            self.log_dict(figures, logger=False)
-            log_scalars(self.trainer, {**figures, "epoch": self.current_epoch}, step - 1)
+            self.log_dict(scalars, logger=False)
+            log_scalars(self.trainer, {**scalars, "epoch": self.current_epoch}, step - 1)
 
     def configure_gradient_clipping(
         self,

@@ -11,10 +11,11 @@ from lightning.pytorch.cli import LightningArgumentParser
 from flowmatch_mnist.data.pairs import PairsDataModule
 from flowmatch_mnist.flow.times import TimeDensity
 from flowmatch_mnist.networks.base import Network
+from flowmatch_mnist.support.commands import as_typed
 from flowmatch_mnist.support.errors import UserError, one_line
 from flowmatch_mnist.training.arguments import option, today
 
-SEE_HELP = "; see `python train.py fit --help`"
+SEE_HELP = f"; see `{as_typed('train')} fit --help`"
 BASES: dict[str, type[object]] = {"model.net": Network, "model.times": TimeDensity, "data": PairsDataModule}
 """The settings that name a class, and the base class for each."""
 

@@ -17,6 +17,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from flowmatch_mnist.support.commands import as_typed
 from flowmatch_mnist.support.files import load_checkpoint, save_checkpoint
 from flowmatch_mnist.training.folder import folder_of
 from flowmatch_mnist.training.internals import (
@@ -134,7 +135,7 @@ class SaveLast(Checkpoint):
         if self._stop_for:
             number = self._stop_for % REQUEUE
             if trainer.is_global_zero:
-                next_step = requeue() if self._stop_for > REQUEUE else "resume it with `python train.py --ckpt_path last`"
+                next_step = requeue() if self._stop_for > REQUEUE else f"resume it with `{as_typed('train')} --ckpt_path last`"
                 kept = f"wrote {self.path}; " if self.path else ""
                 print(
                     f"stopped by {signal.Signals(number).name} after step {trainer.global_step}; {kept}{next_step}", flush=True
@@ -162,7 +163,7 @@ class SaveLast(Checkpoint):
     def _finish_the_step(self, trainer: Trainer) -> None:
         """Delay a stop in the middle of gradient accumulation until the step is finished.
 
-        In the last step of an epoch, delay it until the end of the epoch, which has its own validation, pictures and figures.
+        In the last step of an epoch, delay it until the end of the epoch, which has its own validation, pictures and scores.
         """
         if self._accumulating or trainer.is_last_batch:
             self._stop_after_step |= trainer.should_stop

@@ -26,8 +26,8 @@ def reason(trainer: Trainer) -> str:
         left = [callback.time_remaining() for callback in callbacks if isinstance(callback, Timer)]
         if any(seconds is not None and seconds <= 0 for seconds in left):
             return "its max_time is over; to go on, give a longer --trainer.max_time"
-        if (said := stopped_early(trainer)) is not None:
-            return f"{said}; to go on, remove that callback"
+        if (reason := stopped_early(trainer)) is not None:
+            return f"{reason}; to go on, remove that callback"
         return "a callback stopped it"
     if 0 <= trainer.max_steps <= trainer.global_step:
         return f"it has done its {trainer.max_steps} steps; to go on, raise --trainer.max_steps"

@@ -70,7 +70,7 @@ def log_run(
         texts: texts by their titles, such as the config.
         settings: the settings that distinguish this run from others; loggers other than TensorBoard get all of them.
         few: the names of the settings that TensorBoard lists for each run; names that this run lacks are left out.
-        headlines: the tags of the figures to look at first.
+        headlines: the tags of the scores to look at first.
     """
     for logger in trainer.loggers:
         if not isinstance(logger, TensorBoardLogger):
