@@ -36,11 +36,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from flowmatch_mnist.evaluation.readers import weights_of
+from flowmatch_mnist.evaluation.classifiers import weights_of
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.networks.unet import UNet
 from flowmatch_mnist.sampling.generate import Flow, Sampler
-from flowmatch_mnist.sampling.weights import KEY, load, save
+from flowmatch_mnist.sampling.weights import DESCRIPTION_KEY, load, save
 from flowmatch_mnist.support.errors import UserError
 from flowmatch_mnist.support.files import save_checkpoint
 
@@ -140,8 +140,8 @@ def kinds(folder: Path, data_dir: Path) -> dict[str, Kind]:
     weights = {f"net.{name}": value for name, value in flow.net.state_dict().items()}
     sampler, model = Sampler(steps=1, solver="euler"), folder / "tiny.safetensors"
     save(model, flow, sampler, {"seed": "0"})
-    save_checkpoint(checkpoint, {"state_dict": weights, KEY: flow.describe(sampler), "global_step": 1})
-    images, labels = (mnist.genuine(data_dir, name) for name in mnist.FILES["test"])
+    save_checkpoint(checkpoint, {"state_dict": weights, DESCRIPTION_KEY: flow.describe(sampler), "global_step": 1})
+    images, labels = (mnist.genuine_content(data_dir, name) for name in mnist.FILES["test"])
     assert images is not None and labels is not None
     (folder / mnist.FILES["test"][0]).write_bytes(images)
     picture = io.BytesIO()

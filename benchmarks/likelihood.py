@@ -23,7 +23,7 @@ from torch import Tensor
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.images.pixels import PIXELS, bits_per_dimension, dequantize
 from flowmatch_mnist.sampling.generate import Sampler
-from flowmatch_mnist.sampling.likelihood import INTEGRATOR, marginal_log_likelihood
+from flowmatch_mnist.sampling.likelihood import LIKELIHOOD_SAMPLER, marginal_log_likelihood
 from flowmatch_mnist.sampling.weights import load_digits
 from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.choices import SOLVERS, SPACINGS
@@ -49,11 +49,16 @@ def main() -> None:
     parser.add_argument(
         "--images", type=int, default=200, help="number of test digits, 2 to 10,000, in a fixed shuffled order (default: 200)"
     )
-    parser.add_argument("--solver", choices=SOLVERS, default=INTEGRATOR.solver, help=f"(default: {INTEGRATOR.solver})")
     parser.add_argument(
-        "--steps", type=int, default=INTEGRATOR.steps, help=f"(default: {INTEGRATOR.steps}; dopri5 chooses its own)"
+        "--solver", choices=SOLVERS, default=LIKELIHOOD_SAMPLER.solver, help=f"(default: {LIKELIHOOD_SAMPLER.solver})"
     )
-    parser.add_argument("--spacing", choices=SPACINGS, default=INTEGRATOR.spacing, help="spacing of the steps")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=LIKELIHOOD_SAMPLER.steps,
+        help=f"(default: {LIKELIHOOD_SAMPLER.steps}; dopri5 chooses its own)",
+    )
+    parser.add_argument("--spacing", choices=SPACINGS, default=LIKELIHOOD_SAMPLER.spacing, help="spacing of the steps")
     parser.add_argument("--tolerance", type=float, default=1e-5, help="tolerance of dopri5 (default: 1e-5)")
     parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale of the flow (default: 1, none)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the pixels' noise and of the probes (default: 0)")

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flowmatch_mnist.support.files import damage, load_checkpoint
+from flowmatch_mnist.support.files import find_damage, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = """
@@ -216,7 +216,7 @@ def kill_and_resume(
                     done += 1
                     if complaint := stop(process, way):
                         wrong.append(complaint)
-                    if list(folder.glob("runs/*/*/checkpoints/last.ckpt")) and (hurt := damage(last_checkpoint(folder))):
+                    if list(folder.glob("runs/*/*/checkpoints/last.ckpt")) and (hurt := find_damage(last_checkpoint(folder))):
                         wrong.append(f"last.ckpt: {hurt}")
                     continue
                 if process.returncode:

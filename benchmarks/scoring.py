@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from flowmatch_mnist.data.digits import MNISTDataModule
+from flowmatch_mnist.evaluation.classifiers import CLASSIFIERS
 from flowmatch_mnist.evaluation.estimates import Measurement
 from flowmatch_mnist.evaluation.problems import labels_like
-from flowmatch_mnist.evaluation.readers import READERS
 from flowmatch_mnist.sampling.generate import Samples
 
 UNWATCHED = [
@@ -37,7 +37,7 @@ class Judge:
 
     def __call__(self, samples: Samples) -> list[Measurement]:
         """Return all measurements except those of single digits."""
-        return [m for m in self._score(samples) if m.main or m.name.split("/")[0] in READERS]
+        return [m for m in self._score(samples) if m.main or m.name.split("/")[0] in CLASSIFIERS]
 
 
 def scores(measurements: Sequence[Measurement]) -> dict[str, Any]:

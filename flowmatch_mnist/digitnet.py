@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor
 
+from flowmatch_mnist.evaluation.classifiers import CLASSIFIERS, Classifier, load_classifier, metadata_of, weights_of
 from flowmatch_mnist.evaluation.estimates import share
-from flowmatch_mnist.evaluation.evaluator import Sight, counts_of, draw_like, fingerprint
-from flowmatch_mnist.evaluation.readers import READERS, Reader, metadata_of, reader, weights_of
+from flowmatch_mnist.evaluation.evaluator import ClassifierMetrics, counts_of, draw_like, fingerprint
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.images.pixels import PIXELS
 from flowmatch_mnist.support.commands import CommandParser
@@ -28,20 +28,23 @@ from flowmatch_mnist.support.files import save_weights
 
 
 def move(images: Tensor, places: Tensor) -> Tensor:
-    """Resample images uint8 (B, 28, 28) at places (B, 28, 28, 2), and return them in the network's units: (B, 1, 28, 28)."""
+    """Resample images uint8 (B, 28, 28), and return them in the network's units: (B, 1, 28, 28).
+
+    `places` (B, 28, 28, 2) gives the point (x, y) of each new pixel. The images reach from -1 to 1 in x and y.
+    """
     # `grid_sample` reads 0 outside an image, so black is 0 while it runs.
     return F.grid_sample(PIXELS["linear"].encode(images) + 1, places, align_corners=False) - 1
 
 
-def turn(images: Tensor, generator: torch.Generator) -> Tensor:
+def affine_distortion(images: Tensor, generator: torch.Generator) -> Tensor:
     """Turn, scale, shear and shift each image a little, with its own random numbers: uint8 (B, 28, 28) -> (B, 1, 28, 28)."""
 
-    def throw(width: float) -> Tensor:
+    def jitter(width: float) -> Tensor:
         return width * (2 * torch.rand(len(images), generator=generator) - 1)
 
-    angle, scale, shear = throw(math.radians(12)), torch.exp(throw(0.12)), throw(0.2)
+    angle, scale, shear = jitter(math.radians(12)), torch.exp(jitter(0.12)), jitter(0.2)
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
-    rows = [torch.stack([cos, shear * cos - sin, throw(0.12)], 1), torch.stack([sin, shear * sin + cos, throw(0.12)], 1)]
+    rows = [torch.stack([cos, shear * cos - sin, jitter(0.12)], 1), torch.stack([sin, shear * sin + cos, jitter(0.12)], 1)]
     return move(images, F.affine_grid(torch.stack(rows, 1), [len(images), 1, 28, 28], align_corners=False))
 
 
@@ -76,16 +79,16 @@ class Recipe:
     seed: int
 
 
-RECIPES = {"digitnet": Recipe(turn, 12, 0.01, seed=0), "resnet": Recipe(warp, 10, 0.004, seed=1)}
+RECIPES = {"digitnet": Recipe(affine_distortion, 12, 0.01, seed=0), "resnet": Recipe(warp, 10, 0.004, seed=1)}
 """The training settings by classifier. The two share none of them, because they should make different mistakes."""
 
 
-def train(name: str, images: Tensor, labels: Tensor, epochs: int, seed: int, batch_size: int = 100) -> Reader:
-    """Train a classifier on images uint8 (N, 28, 28) with their labels (N,). Each epoch distorts the images in a new way."""
+def train(name: str, images: Tensor, labels: Tensor, epochs: int, seed: int, batch_size: int = 100) -> Classifier:
+    """Return a classifier trained on images uint8 (N, 28, 28) with labels (N,). Each epoch distorts the images in a new way."""
     recipe = RECIPES[name]
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    net = READERS[name]().to(memory_format=torch.channels_last)
+    net = CLASSIFIERS[name]().to(memory_format=torch.channels_last)
     steps = epochs * (len(images) // batch_size)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, steps)
@@ -103,7 +106,7 @@ def main() -> None:
     """Train a classifier, measure it on the official test images, and write its weights."""
     parser = CommandParser(prog="python -m flowmatch_mnist.digitnet", description=__doc__)
     add = parser.add_argument
-    add("--net", choices=READERS, default="digitnet", help="which classifier (default: digitnet)")
+    add("--net", choices=CLASSIFIERS, default="digitnet", help="which classifier (default: digitnet)")
     add("--data-dir", type=Path, default=Path("data"), help="folder of MNIST; missing files are downloaded (default: data)")
     add("--epochs", type=int, help="passes over the training images (default: 12, for resnet 10)")
     add("--seed", type=int, help="random seed of weights, order and distortions (default: 0, for resnet 1)")
@@ -117,7 +120,7 @@ def main() -> None:
     mnist.prepare(options.data_dir)
     training, test = mnist.load(options.data_dir, "train"), mnist.load(options.data_dir, "test")
     if options.measure:
-        net, metadata = reader(options.net), metadata_of(options.net)
+        net, metadata = load_classifier(options.net), metadata_of(options.net)
     else:
         net = train(options.net, *training, epochs, seed)
         metadata = {
@@ -125,10 +128,10 @@ def main() -> None:
             "seed": str(seed),
             "versions": json.dumps({"torch": torch.__version__}),
         }
-    sight = Sight(net, test)
-    accuracy = share(sight.right).value
+    metrics = ClassifierMetrics(net, test)
+    accuracy = share(metrics.right).value
     # The evaluator's baseline: as many real training digits of each class, compared with the test digits.
-    scores = sight.baseline(training[0], draw_like(training[1], counts_of(test[1])))
+    scores = metrics.baseline(training[0], draw_like(training[1], counts_of(test[1])))
     real = json.dumps({"beside": fingerprint(test[0]), "scores": scores})
     measured = {"test_accuracy": f"{accuracy:.4f}", "real digits": real}
     save_weights(out, net.state_dict(), metadata | measured)

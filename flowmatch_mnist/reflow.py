@@ -31,7 +31,7 @@ def main() -> None:
     )
     add("--seed", type=int, default=0, help="random seed of the noise (default: 0)")
     add("--batch-size", type=int, help="samples drawn at a time (default: 100 on a CPU, 1000 on a GPU)")
-    add("--device", default=default_device())
+    add("--device", default=default_device(), help="cpu, cuda, cuda:1, mps, ... (default: a GPU if available)")
     options = parser.parse_args()
     if options.pairs < 1 or (options.batch_size is not None and options.batch_size < 1):
         raise UserError("--pairs and --batch-size must be at least 1")

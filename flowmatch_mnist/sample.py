@@ -22,7 +22,11 @@ ENDINGS = (".png", ".npz", ".gif")
 
 
 def labels(text: str) -> list[int]:
-    """Return the digits in a text: one digit, or a range such as 0-9."""
+    """Return the digits in a text: one digit, or a range such as 0-9.
+
+    Raises:
+        argparse.ArgumentTypeError: for any other text.
+    """
     match = re.fullmatch(r"([0-9])(?:-([0-9]))?", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a digit from 0 to 9 nor a range such as 0-9")
@@ -33,14 +37,22 @@ def labels(text: str) -> list[int]:
 
 
 def positive(text: str) -> int:
-    """Return the number in a text: a whole number of at least 1."""
+    """Return the number in a text: a whole number of at least 1.
+
+    Raises:
+        argparse.ArgumentTypeError: for any other text.
+    """
     if not re.fullmatch("[0-9]+", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
 def finite(text: str) -> float:
-    """Return the number in a text: a finite number."""
+    """Return the number in a text: a finite number.
+
+    Raises:
+        argparse.ArgumentTypeError: for any other text.
+    """
     try:
         number = float(text)
     except ValueError:
@@ -51,7 +63,11 @@ def finite(text: str) -> float:
 
 
 def interval(text: str) -> tuple[float, float]:
-    """Return the interval of t in a text such as 0.2-0.9: two rising times in [0, 1]."""
+    """Return the interval of t in a text such as 0.2-0.9: two rising times in [0, 1].
+
+    Raises:
+        argparse.ArgumentTypeError: for any other text.
+    """
     match = re.fullmatch(r"([0-9.]+)-([0-9.]+)", text)
     start, end = (finite(match[1]), finite(match[2])) if match else (1.0, 0.0)
     if not 0 <= start <= end <= 1:
@@ -60,7 +76,11 @@ def interval(text: str) -> tuple[float, float]:
 
 
 def image(text: str) -> tuple[str, int]:
-    """Return a file and its label, as in seven.png:7, or "test" and the number of a digit in MNIST's test set, as in test:0."""
+    """Return a file and its label, as in seven.png:7, or "test" and the number of a digit in MNIST's test set, as in test:0.
+
+    Raises:
+        argparse.ArgumentTypeError: for any other text.
+    """
     file, _, number = text.rpartition(":")
     if not file or not re.fullmatch("[0-9]+", number) or int(number) > (9999 if file == "test" else 9):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a picture and its label, FILE:0-9, nor test:0-9999")
@@ -83,7 +103,7 @@ def parse() -> argparse.Namespace:
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if available)")
     add = parser.add_argument_group("sampler (default: the model's own settings, from its config)").add_argument
     add("--steps", type=positive, metavar="N", help="number of solver steps")
-    add("--solver", choices=SOLVERS)
+    add("--solver", choices=SOLVERS, help="how a step follows the field")
     add("--spacing", choices=SPACINGS, help="spacing of the steps: equal in time, or in log-SNR")
     add("--guidance", type=finite, metavar="SCALE", help="guidance scale; 1 is off")
     add("--guidance-interval", type=interval, metavar="FROM-TO", help="range of t with guidance, such as 0.2-0.9")

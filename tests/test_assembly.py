@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from flowmatch_mnist.networks.unet import UNet
 from flowmatch_mnist.sampling.generate import Flow, Sampler
-from flowmatch_mnist.sampling.weights import KEY
+from flowmatch_mnist.sampling.weights import DESCRIPTION_KEY
 from flowmatch_mnist.support.errors import UserError
 from flowmatch_mnist.support.files import save_checkpoint
 from flowmatch_mnist.training import cli
@@ -59,7 +59,7 @@ def assemble(tmp_path, monkeypatch):
 def keep(folder, step=7, config=True, **changes):
     """A run of the tiny config in a folder, as far as a command line looks at it."""
     described = Flow(UNet(**NET)).describe(Sampler(2)) | changes
-    save_checkpoint(folder / "checkpoints/last.ckpt", {KEY: described, "state_dict": {}, "global_step": step})
+    save_checkpoint(folder / "checkpoints/last.ckpt", {DESCRIPTION_KEY: described, "state_dict": {}, "global_step": step})
     if config:
         (folder / "config.yaml").write_text(TINY.read_text())
     return folder / "checkpoints/last.ckpt"
@@ -396,5 +396,7 @@ def test_the_value_of_an_option():
         (["--a"], ""),
         (["--ab", "1"], None),
         (["x", "--a=b=c"], "b=c"),
+        (["--a", "1", "--a=2"], "2"),
+        (["--a=1", "--a", "2"], "2"),
     ):
         assert option(arguments, "--a") == value

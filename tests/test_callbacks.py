@@ -238,8 +238,8 @@ def test_the_whole_config_is_kept_and_logged(trainer, tmp_path, monkeypatch, kep
     assert (tmp_path / "config.yaml").exists() == kept
     parser.dump.assert_called_once_with(settings, skip_unset=False)
     texts = {"command": "python train.py", "machine": "an abacus", "config": parser.dump()}
-    logged.assert_called_once_with(trainer, texts, {"seed_everything": 3}, config.MATTER, ("quality/x",))
-    assert len(config.MATTER) == 10
+    logged.assert_called_once_with(trainer, texts, {"seed_everything": 3}, config.LISTED_SETTINGS, ("quality/x",))
+    assert len(config.LISTED_SETTINGS) == 10
 
 
 def test_processes_give_each_other_their_shares(trainer, monkeypatch):
@@ -444,11 +444,11 @@ def test_on_a_processor_a_step_that_is_not_finite_is_told_at_once_and_the_first_
     watch.require_finite()
     for step, norm in ((1, float("nan")), (2, float("inf"))):
         with pytest.raises(FloatingPointError, match=r"^step 1 is not finite: loss 0.5, norm of the gradients nan"):
-            watch.look(step, torch.tensor(norm), good, [], logged=False, scaled=False)
+            watch.check(step, torch.tensor(norm), good, [], logged=False, scaled=False)
     with pytest.raises(FloatingPointError, match="step 1"):
         watch.require_finite()
     watch = GradientWatch("stop")
-    watch.look(1, good, good, [], logged=False, scaled=False)
+    watch.check(1, good, good, [], logged=False, scaled=False)
     watch.require_finite()
 
 

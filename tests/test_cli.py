@@ -20,10 +20,10 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flowmatch_mnist.sampling.weights import KEY, load
+from flowmatch_mnist.sampling.weights import DESCRIPTION_KEY, load
 from flowmatch_mnist.support.files import load_checkpoint, save_checkpoint
 from flowmatch_mnist.training import cli
-from flowmatch_mnist.training.arguments import today
+from flowmatch_mnist.training.arguments import with_current_class_paths
 
 
 def events(version: Path) -> EventAccumulator:
@@ -127,7 +127,7 @@ def test_a_run_from_before_the_folders_goes_on_as_one_of_today(tiny_run, tmp_pat
     (version / "config.yaml").write_text(config)
     for name in ("last", "best"):
         checkpoint = load_checkpoint(version / f"checkpoints/{name}.ckpt")
-        checkpoint[KEY]["pixels"] = checkpoint[KEY].pop("units")
+        checkpoint[DESCRIPTION_KEY]["pixels"] = checkpoint[DESCRIPTION_KEY].pop("units")
         save_checkpoint(version / f"checkpoints/{name}.ckpt", checkpoint)
     done = run_here("train.py", "--ckpt_path", "last", "--trainer.max_epochs", 3, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -153,10 +153,10 @@ BEFORE = (
 
 @pytest.mark.parametrize("name", BEFORE.split())
 def test_every_class_that_an_older_config_can_name_is_found(name):
-    path = today(f"flowmatch_mnist.{name}")
+    path = with_current_class_paths(f"flowmatch_mnist.{name}")
     module, _, kind = path.rpartition(".")
     assert inspect.isclass(getattr(importlib.import_module(module), kind))
-    assert today(path) == path and today("mine.unet.UNet") == "mine.unet.UNet"
+    assert with_current_class_paths(path) == path and with_current_class_paths("mine.unet.UNet") == "mine.unet.UNet"
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "test"])

@@ -20,8 +20,8 @@ from PIL import Image
 from test_runs import TOY
 from test_tensorboard import BROWSER
 
-from flowmatch_mnist.evaluation.metrics import read_digits
-from flowmatch_mnist.evaluation.readers import reader
+from flowmatch_mnist.evaluation.classifiers import load_classifier
+from flowmatch_mnist.evaluation.metrics import classify
 from flowmatch_mnist.sampling.generate import Flow, Sampler
 from flowmatch_mnist.sampling.weights import save
 
@@ -141,7 +141,7 @@ def test_a_digit_of_ones_own_is_drawn_as_all_ten(page, address, tmp_path):
     (page / "hand.html").write_text((page / "index.html").read_text() + HAND)
     sheet = picture(visit(address, "hand.html#steps=1", 'data-found="data:image/png;base64,([^"]+)"', tmp_path))
     cells = sheet[2::4, 2::4, 0].reshape(30, 11, 30)[1:29, :, 1:29].transpose(1, 0, 2)
-    read = read_digits(reader("digitnet"), torch.from_numpy(cells.copy()))[1].tolist()
+    read = classify(load_classifier("digitnet"), torch.from_numpy(cells.copy()))[1].tolist()
     assert read[0] == 7 and sum(a == b for a, b in zip(read[1:], range(10), strict=True)) >= 7, read
 
 

@@ -113,9 +113,9 @@ def test_an_overflow_of_fp16_lowers_the_scale_and_does_not_end_the_run():
     assert all(p.isfinite().all() for p in module.parameters()) and module.net.last.weight.abs().max() > 0
     watch = GradientWatch("stop")
     infinite, finite = torch.tensor(torch.inf), torch.tensor(1.0)
-    watch.look(1, infinite, finite, [], logged=True, scaled=True)
+    watch.check(1, infinite, finite, [], logged=True, scaled=True)
     with pytest.raises(FloatingPointError, match="step 2 is not finite: loss inf"):
-        watch.look(2, infinite, infinite, [], logged=True, scaled=True)
+        watch.check(2, infinite, infinite, [], logged=True, scaled=True)
 
 
 def test_on_a_gpu_the_first_step_that_is_not_finite_is_read_when_it_is_logged_or_kept():
@@ -123,7 +123,7 @@ def test_on_a_gpu_the_first_step_that_is_not_finite_is_read_when_it_is_logged_or
     values = [torch.tensor(value, device="cpu") for value in (1.0, torch.nan, 2.0, torch.inf)]
     with mock.patch.object(watch, "require_finite"):  # as a GPU would have it, where no step is read at once
         for step, norm in enumerate(values, start=1):
-            watch.look(step, norm, torch.tensor(0.5), [], logged=False, scaled=False)
+            watch.check(step, norm, torch.tensor(0.5), [], logged=False, scaled=False)
     with pytest.raises(FloatingPointError, match=r"step 2 is not finite: loss 0.5, norm of the gradients nan"):
         watch.require_finite()
 

@@ -13,7 +13,7 @@ from flowmatch_mnist.flow.loss import FlowLoss
 from flowmatch_mnist.flow.paths import PATHS
 from flowmatch_mnist.flow.predictions import PREDICTIONS, target
 from flowmatch_mnist.networks.base import Network
-from flowmatch_mnist.training.module import EXACT, FlowMatching
+from flowmatch_mnist.training.module import EXACT_LOSS_UNTIL, FlowMatching
 
 Y = torch.tensor([1, 0, 1, 1, 0, 2])
 
@@ -152,7 +152,7 @@ def test_validation_is_also_held_against_the_exact_field(path, tmp_path):
     net = Exact(path, "velocity", classes=10)
     data.setup("fit")
     net.field = ExactField(*data.training_set())
-    limit = PATHS[path].time(PATHS["linear"].log_snr(torch.tensor(EXACT)))
+    limit = PATHS[path].time(PATHS["linear"].log_snr(torch.tensor(EXACT_LOSS_UNTIL)))
     for off in (0.0, 0.5):
         module = FlowMatching(net, path=path)
         forward = net.forward

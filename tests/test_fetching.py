@@ -122,7 +122,7 @@ def test_one_process_fetches_at_a_time_beside_where_the_files_go(monkeypatch, tm
     monkeypatch.setattr(mnist, "SOURCES", {"a friend": fetch, "nobody": None})
     mnist.prepare(tmp_path)
     assert scratch[0].parent == tmp_path and scratch[0].name.startswith(".fetching-") and not scratch[0].exists()
-    assert {path.name: path.read_bytes() for path in mnist.home(tmp_path).iterdir()} == CONTENT
+    assert {path.name: path.read_bytes() for path in mnist.download_folder(tmp_path).iterdir()} == CONTENT
     assert "fetching MNIST (12 MB) with a friend" in caplog.text and "nobody" not in caplog.text
     mnist.prepare(tmp_path)
     assert len(scratch) == 1, "what is there is not fetched again"
@@ -142,7 +142,7 @@ def test_of_several_that_ask_at_once_one_fetches(monkeypatch, tmp_path):
     monkeypatch.setattr(mnist, "SOURCES", {"a friend": fetch})
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(prepare, range(3)))
-    assert len(calls) == 1 and {path.name for path in mnist.home(tmp_path).iterdir()} == set(CONTENT)
+    assert len(calls) == 1 and {path.name for path in mnist.download_folder(tmp_path).iterdir()} == set(CONTENT)
 
 
 def test_each_source_gives_what_it_can_and_is_quoted_by_two_hundred_letters(monkeypatch, tmp_path):
@@ -156,10 +156,9 @@ def test_each_source_gives_what_it_can_and_is_quoted_by_two_hundred_letters(monk
     with pytest.raises(UserError) as caught:
         mnist.prepare(tmp_path)
     tried = f"(half: {'x' * 200}; other half: gave no genuine file for {', '.join(others[1:])})"
-    assert tried in str(caught.value) and f"Put {', '.join(others[1:])} (raw or .gz) into {mnist.home(tmp_path)}" in str(
-        caught.value
-    )
-    assert sorted(path.name for path in mnist.home(tmp_path).iterdir()) == sorted([first, others[0]])
+    advice = f"Put {', '.join(others[1:])} (raw or .gz) into {mnist.download_folder(tmp_path)}"
+    assert tried in str(caught.value) and advice in str(caught.value)
+    assert sorted(path.name for path in mnist.download_folder(tmp_path).iterdir()) == sorted([first, others[0]])
 
 
 def test_a_file_that_is_not_genuine_is_put_aside_and_named(monkeypatch, tmp_path, caplog):
@@ -176,15 +175,15 @@ def test_a_file_that_is_not_genuine_is_put_aside_and_named(monkeypatch, tmp_path
 def test_files_are_looked_for_in_three_places_and_a_large_one_is_left(monkeypatch, tmp_path, folder):
     put(tmp_path / folder)
     for name, content in CONTENT.items():
-        assert mnist.genuine(tmp_path, name) == content
+        assert mnist.genuine_content(tmp_path, name) == content
     longest = max(map(len, CONTENT.values()))
     for limit, whole in ((longest + 1, True), (longest, False)):
-        monkeypatch.setattr(mnist, "LARGEST", limit)
-        assert (mnist.genuine(tmp_path, "train-images-idx3-ubyte") is not None) == whole
+        monkeypatch.setattr(mnist, "MAX_BYTES", limit)
+        assert (mnist.genuine_content(tmp_path, "train-images-idx3-ubyte") is not None) == whole
 
 
 def test_a_limit_leaves_room_for_the_genuine_files():
-    assert 16 + 784 * 60_000 < mnist.LARGEST <= 50_000_000
+    assert 16 + 784 * 60_000 < mnist.MAX_BYTES <= 50_000_000
 
 
 def test_only_labels_0_to_9_are_taken(monkeypatch, tmp_path):

@@ -9,26 +9,26 @@ import pytest
 from filelock import FileLock
 
 from flowmatch_mnist.support.errors import UserError
-from flowmatch_mnist.training.folder import RunFolder, check_name, claim, folder_of, hold, unless_it_fails
+from flowmatch_mnist.training.folder import RunFolder, check_name, create_version, folder_of, lock_folder, release_on_error
 
 
 def test_the_next_number_is_claimed(tmp_path, monkeypatch):
     root = tmp_path / "runs/some"
-    assert claim(root) == root / "version_0" and (root / "version_0").is_dir()
+    assert create_version(root) == root / "version_0" and (root / "version_0").is_dir()
     (root / "version_7").mkdir()
     (root / "version_10_old").mkdir()
-    assert claim(root) == root / "version_8"
+    assert create_version(root) == root / "version_8"
     with monkeypatch.context() as patched:
         patched.setattr(Path, "iterdir", lambda self: iter(()))  # another was quicker: its folder was not there yet
-        assert claim(root) == root / "version_1"
+        assert create_version(root) == root / "version_1"
 
 
 def test_one_run_at_a_time_holds_a_folder(tmp_path):
-    lock = hold(tmp_path)
+    lock = lock_folder(tmp_path)
     with pytest.raises(UserError, match="another run trains"):
-        hold(tmp_path)
+        lock_folder(tmp_path)
     lock.release()
-    hold(tmp_path).release()
+    lock_folder(tmp_path).release()
 
 
 @pytest.mark.parametrize(
@@ -43,14 +43,14 @@ def test_one_run_at_a_time_holds_a_folder(tmp_path):
 def test_where_there_are_no_locks_a_run_goes_without(tmp_path, monkeypatch, error, passes):
     monkeypatch.setattr(FileLock, "acquire", mock.Mock(side_effect=error))
     if passes:
-        assert hold(tmp_path).lock_file == str(tmp_path / ".lock")
+        assert lock_folder(tmp_path).lock_file == str(tmp_path / ".lock")
     else:
         with pytest.raises(OSError, match="not yours"):
-            hold(tmp_path)
+            lock_folder(tmp_path)
 
 
 def fail(folder, lock):
-    with pytest.raises(ZeroDivisionError), unless_it_fails(folder, lock):
+    with pytest.raises(ZeroDivisionError), release_on_error(folder, lock):
         raise ZeroDivisionError
 
 
@@ -68,7 +68,7 @@ def test_a_folder_in_which_nothing_is_goes_where_a_run_does_not_begin(tmp_path, 
     (empty := tmp_path / "version_1").mkdir()
     monkeypatch.setattr(Path, "rmdir", mock.Mock(side_effect=OSError))
     fail(empty, mock.Mock())
-    with unless_it_fails(folder, lock):
+    with release_on_error(folder, lock):
         pass
     assert lock.release.call_count == 1, "a run that begins keeps its lock"
 

@@ -12,8 +12,8 @@ from flowmatch_mnist.flow.guidance import Guided, guide
 from flowmatch_mnist.flow.paths import PATHS
 from flowmatch_mnist.flow.predictions import StraightVelocity
 from flowmatch_mnist.networks.mlp import MLP
-from flowmatch_mnist.sampling.generate import INVERTER, Flow, Sampler, Samples, draw_noise, generate, interpolate
-from flowmatch_mnist.sampling.likelihood import INTEGRATOR, log_likelihood
+from flowmatch_mnist.sampling.generate import INVERSION_SAMPLER, Flow, Sampler, Samples, draw_noise, generate, interpolate
+from flowmatch_mnist.sampling.likelihood import LIKELIHOOD_SAMPLER, log_likelihood
 
 EULER = Sampler(4, "euler")
 
@@ -60,7 +60,7 @@ def test_the_mean_over_a_span_is_asked_for_through_guidance_and_straight_coordin
 
 def test_the_defaults_are_those_that_the_scores_are_of():
     assert Sampler() == Sampler(8, "midpoint", 1.0, (0.0, 1.0), "uniform", 0.0)
-    assert Sampler(32, "rk4") == INVERTER
+    assert Sampler(32, "rk4") == INVERSION_SAMPLER
     for ends in ((-0.1, 0.5), (0.5, 1.1), (0.6, 0.5)):
         with pytest.raises(ValueError, match="interval"):
             Sampler(guidance_interval=ends)
@@ -88,7 +88,7 @@ def test_streams_of_noise_churn_and_probes_are_apart(stream_keys):
     assert stream_keys() == [(5, "sampling"), (5, "churn", 3), (5, "churn", 8)]
     log_likelihood(Flow(MLP()), torch.randn(2, 2), torch.zeros(2, dtype=torch.int64), Sampler(1), seed=5, numbers=[3, 8])
     assert stream_keys() == [(5, "probe", 3), (5, "probe", 8)]
-    assert Sampler(24, "rk4", spacing="log_snr") == INTEGRATOR, "that of docs/results.md"
+    assert Sampler(24, "rk4", spacing="log_snr") == LIKELIHOOD_SAMPLER, "that of docs/results.md"
 
 
 def test_states_are_kept_only_where_they_are_asked_for():

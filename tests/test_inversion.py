@@ -6,7 +6,7 @@ from oracle import MEAN, SPREAD, Gaussian
 
 from flowmatch_mnist.flow.paths import PATHS
 from flowmatch_mnist.networks.base import Network
-from flowmatch_mnist.sampling.generate import INVERTER, Flow, Sampler, generate, interpolate, invert
+from flowmatch_mnist.sampling.generate import INVERSION_SAMPLER, Flow, Sampler, generate, interpolate, invert
 
 
 class Known(Network):
@@ -34,12 +34,12 @@ def test_there_and_back_gives_the_same_images(tiny_net):
     flow, labels = Flow(tiny_net), torch.tensor([1, 2, 3])
     for parameter in tiny_net.head.parameters():
         parameter.data.mul_(0.2)  # a random field, but smooth
-    drawn = generate(flow, labels, INVERTER, decode=lambda x: x)
+    drawn = generate(flow, labels, INVERSION_SAMPLER, decode=lambda x: x)
     back = invert(flow, drawn.values, labels)
-    again = generate(flow, labels, INVERTER, noise=back, decode=lambda x: x)
+    again = generate(flow, labels, INVERSION_SAMPLER, noise=back, decode=lambda x: x)
     torch.testing.assert_close(again.values, drawn.values, atol=1e-5, rtol=0)
     # Another label is another flow.
-    other = generate(flow, labels + 1, INVERTER, noise=back, decode=lambda x: x)
+    other = generate(flow, labels + 1, INVERSION_SAMPLER, noise=back, decode=lambda x: x)
     assert (other.values - drawn.values).abs().max() > 5e-3
 
 

@@ -15,8 +15,8 @@ from flowmatch_mnist.images.pixels import bits_per_dimension, dequantize
 from flowmatch_mnist.networks.base import Network
 from flowmatch_mnist.networks.mlp import MLP
 from flowmatch_mnist.networks.unet import UNet
-from flowmatch_mnist.sampling.generate import INVERTER, Flow, Sampler
-from flowmatch_mnist.sampling.likelihood import INTEGRATOR, log_likelihood, marginal_log_likelihood
+from flowmatch_mnist.sampling.generate import INVERSION_SAMPLER, Flow, Sampler
+from flowmatch_mnist.sampling.likelihood import LIKELIHOOD_SAMPLER, log_likelihood, marginal_log_likelihood
 
 EVERY_PATH = pytest.mark.parametrize("path", PATHS)
 EVERY_PREDICTION = pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -129,13 +129,13 @@ def test_the_default_sampler_is_near_enough():
     found = log_likelihood(known(), x, no_labels(x))
     bits = (found.log_p - log_normal(x)) / (4 * math.log(2))
     assert bits.abs().max() < 1e-3
-    assert found.evaluations == INTEGRATOR.steps * 4
+    assert found.evaluations == LIKELIHOOD_SAMPLER.steps * 4
 
 
 def test_the_exact_divergence_sees_a_whole_jacobian_and_the_probes_estimate_it():
     field = Correlated()
     flow, x = Flow(Known(field)), field.data.sample((3,)).view(3, 1, 2, 2)
-    exact = log_likelihood(flow, x, no_labels(x), INVERTER, divergence="exact")
+    exact = log_likelihood(flow, x, no_labels(x), INVERSION_SAMPLER, divergence="exact")
     torch.testing.assert_close(exact.log_p, field.data.log_prob(x.flatten(1)), atol=1e-4, rtol=0)
     # Of four coordinates there are sixteen probes, or eight but for the sign: two thousand draws of them.
     many = x[:1].expand(2000, 1, 2, 2)

@@ -12,20 +12,20 @@ import torch
 from conftest import assert_one_line_error, run_here
 
 import flowmatch_mnist.digitnet as train_digitnet
+from flowmatch_mnist.evaluation import classifiers
 from flowmatch_mnist.evaluation import evaluator as evaluators
-from flowmatch_mnist.evaluation import readers
+from flowmatch_mnist.evaluation.classifiers import CLASSIFIERS, load_classifier, metadata_of, weights_of
 from flowmatch_mnist.evaluation.copies import Copies
 from flowmatch_mnist.evaluation.estimates import Estimate, Measurement, mean, median, share, table
-from flowmatch_mnist.evaluation.evaluator import DRAWS, Evaluator, Sight, counts_of, draw_like, fingerprint
-from flowmatch_mnist.evaluation.metrics import FrechetDistance, Manifold, read_digits
+from flowmatch_mnist.evaluation.evaluator import DRAWS, ClassifierMetrics, Evaluator, counts_of, draw_like, fingerprint
+from flowmatch_mnist.evaluation.metrics import FrechetDistance, Manifold, classify
 from flowmatch_mnist.evaluation.problems import labels_like
-from flowmatch_mnist.evaluation.readers import READERS, metadata_of, reader, weights_of
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.errors import UserError
 from flowmatch_mnist.support.files import load_weights
 
-DIM = readers.Reader.num_features
+DIM = classifiers.Classifier.num_features
 
 
 def gaussian(mean, covariance, count=500):
@@ -191,17 +191,17 @@ def test_each_measurement_has_the_baseline_of_real_data(evaluator, data_dir):
         mixed = evaluator.training_labels[order]
         draws.append(torch.cat([order[mixed == digit][: (labels == digit).sum()] for digit in range(10)]))
     for name, by in (("digitnet", ""), ("resnet", "resnet/")):
-        net = reader(name)
-        real, digits = read_digits(net, held_out)
-        features = [read_digits(net, evaluator.training[draw])[0] for draw in draws]
+        net = load_classifier(name)
+        real, digits = classify(net, held_out)
+        features = [classify(net, evaluator.training[draw])[0] for draw in draws]
         distances = torch.tensor([FrechetDistance(real)(some) for some in features])
         recalls = [Manifold(some.float()).shared_with(Manifold(real.float()))[1].double().mean() for some in features]
         assert found[f"{by}Frechet distance"].real == pytest.approx(mean(distances), rel=1e-3)
         assert found[f"{by}recall"].real == pytest.approx(mean(torch.stack(recalls)), rel=1e-3)
         assert found[f"{by}label accuracy"].real == share(digits == held_out_labels)
-        assert found[f"{by}label accuracy"].samples == share(read_digits(net, images)[1] == labels)
+        assert found[f"{by}label accuracy"].samples == share(classify(net, images)[1] == labels)
     assert found["near copies"].real.value == pytest.approx(0.01, abs=1e-3)
-    right = read_digits(reader("digitnet"), images)[1] == labels
+    right = classify(load_classifier("digitnet"), images)[1] == labels
     assert found["label accuracy by digit/7"].samples == share(right[labels == 7])
     with pytest.raises(UserError, match="10000 samples are too many"):
         evaluator.measure(torch.zeros(10_000, 28, 28, dtype=torch.uint8), torch.arange(10_000) % 10)
@@ -244,7 +244,7 @@ def test_the_evaluator_measures_where_it_is_told_to(evaluator, data_dir):
 
 
 def test_copies_are_looked_for_among_so_many(monkeypatch):
-    monkeypatch.setattr("flowmatch_mnist.evaluation.copies.AMONG", 30)
+    monkeypatch.setattr("flowmatch_mnist.evaluation.copies.MAX_COMPARED", 30)
     monkeypatch.setattr("flowmatch_mnist.evaluation.copies.CHUNK", 16)
     training = torch.randint(256, (20, 28, 28), dtype=torch.uint8)
     held_out = torch.randint(256, (40, 28, 28), dtype=torch.uint8)
@@ -274,14 +274,14 @@ def test_the_table_and_the_tags():
 
 
 def accuracy(net, images, labels):
-    return share(read_digits(net, images)[1] == labels).value
+    return share(classify(net, images)[1] == labels).value
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_a_reader_reads_as_well_as_its_file_says_and_so_do_real_digits(data_dir, name):
     test, training = mnist.load(data_dir, "test"), mnist.load(data_dir, "train")
-    metadata, sight = metadata_of(name), Sight(reader(name), test)
-    measured = share(sight.right).value
+    metadata, metrics = metadata_of(name), ClassifierMetrics(load_classifier(name), test)
+    measured = share(metrics.right).value
     assert measured == pytest.approx(float(metadata["test_accuracy"]), abs=2e-4)  # two images, for other processors
     assert measured >= {"digitnet": 0.996, "resnet": 0.994}[name]
     command = "python -m flowmatch_mnist.digitnet" + (" --net resnet" if name == "resnet" else "")
@@ -291,7 +291,7 @@ def test_a_reader_reads_as_well_as_its_file_says_and_so_do_real_digits(data_dir,
     real = json.loads(metadata["real digits"])
     assert real["beside"] == fingerprint(test[0])
     draw = draw_like(training[1], counts_of(test[1]))[0]
-    distance = sight.frechet(read_digits(sight.net, training[0][draw])[0])
+    distance = metrics.frechet(classify(metrics.net, training[0][draw])[0])
     value, error = real["scores"][0]
     assert distance == pytest.approx(value, abs=3 * DRAWS**0.5 * error) and 0 < error < 0.05 * value
 
@@ -299,14 +299,14 @@ def test_a_reader_reads_as_well_as_its_file_says_and_so_do_real_digits(data_dir,
 def test_the_two_readers_see_by_features_of_their_own(data_dir):
     """What one sees does not follow from what the other sees: a linear map between them leaves much unexplained."""
     images, _ = some(data_dir, "test", 0, 2000)
-    first, second = (read_digits(reader(name), images)[0] for name in READERS)
+    first, second = (classify(load_classifier(name), images)[0] for name in CLASSIFIERS)
     first, second = ((x - x.mean(0)) for x in (first, second))
     for a, b in ((first, second), (second, first)):
         left = b[1000:] - a[1000:] @ torch.linalg.lstsq(a[:1000], b[:1000]).solution
         assert left.square().sum() > 0.1 * b[1000:].square().sum()
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_a_reader_learns_and_learns_the_same_again(data_dir, tmp_path, monkeypatch, capsys, name):
     train, test = mnist.load(data_dir, "train"), mnist.load(data_dir, "test")
     few = {"train": (train[0][:1500], train[1][:1500]), "test": (test[0][:500], test[1][:500])}
@@ -317,8 +317,8 @@ def test_a_reader_learns_and_learns_the_same_again(data_dir, tmp_path, monkeypat
     monkeypatch.setattr("sys.argv", words)
     train_digitnet.main()
     assert f"wrote {out}" in capsys.readouterr().out
-    monkeypatch.setattr(readers, "weights_of", lambda name: out)
-    net = reader(name)
+    monkeypatch.setattr(classifiers, "weights_of", lambda name: out)
+    net = load_classifier(name)
     claimed = load_weights(out)[1]["test_accuracy"]
     assert accuracy(net, *few["test"]) == pytest.approx(float(claimed), abs=2e-3)
     assert accuracy(net, *few["test"]) > {"digitnet": 0.8, "resnet": 0.15}[name]
@@ -326,7 +326,7 @@ def test_a_reader_learns_and_learns_the_same_again(data_dir, tmp_path, monkeypat
     assert all(torch.equal(value, again[key]) for key, value in net.state_dict().items())
 
 
-@pytest.mark.parametrize("distort", [train_digitnet.turn, train_digitnet.warp])
+@pytest.mark.parametrize("distort", [train_digitnet.affine_distortion, train_digitnet.warp])
 def test_distorted_digits_are_still_white_on_black_and_each_is_distorted_by_itself(data_dir, distort):
     image = mnist.load(data_dir, "test")[0][:1]
     distorted = distort(image.expand(50, -1, -1), torch.Generator().manual_seed(0))
@@ -351,7 +351,7 @@ def test_a_distortion_turns_scales_shears_and_shifts_about_the_middle():
     places = torch.stack(torch.meshgrid(middles, middles, indexing="xy"), 2)
     looked_up = places @ sheared.mT[:, None] + torch.stack([right, down], 1)[:, None, None]
     expected = torch.nn.functional.grid_sample(images[:, None] / 127.5, looked_up, align_corners=False) - 1
-    found = train_digitnet.turn(images, torch.Generator().manual_seed(3))
+    found = train_digitnet.affine_distortion(images, torch.Generator().manual_seed(3))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -369,7 +369,7 @@ def test_a_warp_bends_and_shifts():
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "distorted", "rate"), [("digitnet", "turn", 0.01), ("resnet", "warp", 0.004)])
+@pytest.mark.parametrize(("name", "distorted", "rate"), [("digitnet", "affine_distortion", 0.01), ("resnet", "warp", 0.004)])
 def test_a_reader_is_trained_on_each_image_once_an_epoch_in_an_order_of_its_seed(monkeypatch, name, distorted, rate):
     seen, optimizers, rates = [], [], []
     adamw, cycle, move = torch.optim.AdamW, torch.optim.lr_scheduler.OneCycleLR, train_digitnet.move
@@ -390,7 +390,7 @@ def test_a_reader_is_trained_on_each_image_once_an_epoch_in_an_order_of_its_seed
 def test_without_options_a_reader_is_trained_for_the_package(monkeypatch, capsys, grey_digits, words, expected):
     asked, written, prepared = [], [], []
     monkeypatch.setattr(mnist, "prepare", prepared.append)
-    monkeypatch.setattr(train_digitnet, "train", lambda *a: asked.append((a[0], *a[3:])) or READERS[a[0]]().eval())
+    monkeypatch.setattr(train_digitnet, "train", lambda *a: asked.append((a[0], *a[3:])) or CLASSIFIERS[a[0]]().eval())
     monkeypatch.setattr(train_digitnet, "save_weights", lambda path, *rest: written.append(path))
     monkeypatch.setattr("sys.argv", ["digitnet", *words])
     train_digitnet.main()
@@ -407,6 +407,6 @@ def test_a_missing_or_damaged_classifier_is_named(content, tmp_path, monkeypatch
     file = tmp_path / "digitnet.safetensors"
     if content is not None:
         file.write_bytes(weights_of("digitnet").read_bytes()[:5000] if content == "cut" else content)
-    monkeypatch.setattr(readers, "FOLDER", tmp_path)
+    monkeypatch.setattr(classifiers, "WEIGHTS_FOLDER", tmp_path)
     with pytest.raises(UserError, match="missing or damaged"):
-        reader("digitnet")
+        load_classifier("digitnet")

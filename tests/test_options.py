@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_runs import TOY
 
-from flowmatch_mnist.training.options import ONLY
+from flowmatch_mnist.training.options import FIXED_OPTIONS
 
 
 class Probe(Callback):
@@ -116,8 +116,8 @@ ELSEWHERE = {
 
 def test_every_option_is_in_the_table():
     options = set(inspect.signature(Trainer.__init__).parameters) - {"self"}
-    assert options == {*ACTS, *ELSEWHERE, *ONLY}
-    assert len(options) == len(ACTS) + len(ELSEWHERE) + len(ONLY), "each once"
+    assert options == {*ACTS, *ELSEWHERE, *FIXED_OPTIONS}
+    assert len(options) == len(ACTS) + len(ELSEWHERE) + len(FIXED_OPTIONS), "each once"
     for where in ELSEWHERE.values():
         file, _, test = where.partition(".")
         assert f"def {test}(" in Path(__file__).with_name(f"{file}.py").read_text()

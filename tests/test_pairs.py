@@ -90,7 +90,7 @@ def test_a_process_gets_its_share_of_the_global_batchs_noise(grey_digits):
     for rank in (0, 1):
         assert torch.equal(at_work(data, rank).on_after_batch_transfer(batch, 0)[0], whole[rank::2])
         even = torch.rand(8, 3, generator=streams.generator("cpu", 5, "kind", 9))
-        assert torch.equal(streams.Place(9, rank, 2).uniform((4, 3), torch.device("cpu"), 5, "kind"), even[rank::2])
+        assert torch.equal(streams.BatchPosition(9, rank, 2).uniform((4, 3), torch.device("cpu"), 5, "kind"), even[rank::2])
 
 
 def test_splits_are_read_once_and_when_they_are_needed(monkeypatch, grey_digits):

@@ -29,7 +29,7 @@ HOUSE = {
     ],
     "images": ["mnist", "pixels", "pictures", "strokes"],
     "sampling": ["units", "generate", "weights", "likelihood", "export", "request"],
-    "evaluation": ["readers", "estimates", "metrics", "copies", "evaluator", "problems"],
+    "evaluation": ["classifiers", "estimates", "metrics", "copies", "evaluator", "problems"],
     "data": ["batches", "pairs", "digits", "curve", "reflow"],
     "training": [
         "steps",
@@ -170,10 +170,10 @@ def test_a_wheel_draws_away_from_the_checkout(tmp_path):
     subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
     shutil.rmtree(tree)
     code = (
-        "import flowmatch_mnist, importlib, flowmatch_mnist.evaluation.readers as r;"
+        "import flowmatch_mnist, importlib, flowmatch_mnist.evaluation.classifiers as c;"
         f"[importlib.import_module('flowmatch_mnist.' + name) for name in {ORDER}];"
         "drawn = flowmatch_mnist.draw([3, 7], 'one-step').values;"
-        "print(flowmatch_mnist.__file__, drawn.shape, len([r.reader(name) for name in r.READERS]))"
+        "print(flowmatch_mnist.__file__, drawn.shape, len([c.load_classifier(name) for name in c.CLASSIFIERS]))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "site", capture_output=True, text=True, check=False)
     assert done.stdout.strip() == f"{tmp_path / 'site/flowmatch_mnist/__init__.py'} torch.Size([2, 28, 28]) 2", done.stderr

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from flowmatch_mnist.flow.solvers import trajectory
 from flowmatch_mnist.support.errors import UserError
 from flowmatch_mnist.support.files import load_checkpoint, save_checkpoint
-from flowmatch_mnist.training.folder import RunFolder, check_name, claim, hold
+from flowmatch_mnist.training.folder import RunFolder, check_name, create_version, lock_folder
 from flowmatch_mnist.training.saving import SaveLast
 
 TOY = ["fit", "--config", ROOT / "configs/toy.yaml", "--data.samples", 400, "--data.batch_size", 20, "--model.net.width", 8]
@@ -131,7 +131,7 @@ def test_a_run_that_early_stopping_ended_stays_ended(tmp_path):
 
 
 def test_runs_that_start_at_once_get_a_folder_each_and_one_trains_in_it_at_a_time(tmp_path):
-    code = "import sys; from pathlib import Path; from flowmatch_mnist.training.folder import claim; print(claim(Path('x')))"
+    code = "from pathlib import Path; from flowmatch_mnist.training.folder import create_version as c; print(c(Path('x')))"
     starts = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert sorted(process.communicate()[0].strip() for process in starts) == ["x/version_0", "x/version_1", "x/version_2"]
     fit(tmp_path)
@@ -139,16 +139,16 @@ def test_runs_that_start_at_once_get_a_folder_each_and_one_trains_in_it_at_a_tim
     with lock:
         done = run_here("train.py", *TOY, "--ckpt_path", "last", cwd=tmp_path)
         assert_one_line_error(done, "another run trains in runs/toy/version_0")
-    assert claim(tmp_path / "runs/toy").name == "version_1"
+    assert create_version(tmp_path / "runs/toy").name == "version_1"
 
 
 def test_a_run_that_has_ended_leaves_its_folder_to_others(tmp_path):
     for ending in ("teardown", "on_exception"):
-        lock = hold(tmp_path)
+        lock = lock_folder(tmp_path)
         with pytest.raises(UserError, match="another run trains"):
-            hold(tmp_path)
+            lock_folder(tmp_path)
         getattr(RunFolder(tmp_path, lock), ending)(None, None, None)
-        hold(tmp_path).release()
+        lock_folder(tmp_path).release()
 
 
 def test_an_error_before_anything_is_written_leaves_no_folder(tmp_path):

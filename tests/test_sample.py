@@ -11,9 +11,9 @@ import torch
 from conftest import ROOT, Evil, assert_one_line_error, run, run_here
 from PIL import Image, ImageSequence
 
-from flowmatch_mnist.evaluation.metrics import FrechetDistance, read_digits
+from flowmatch_mnist.evaluation.classifiers import CLASSIFIERS, load_classifier
+from flowmatch_mnist.evaluation.metrics import FrechetDistance, classify
 from flowmatch_mnist.evaluation.problems import labels_like
-from flowmatch_mnist.evaluation.readers import READERS, reader
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.images.pictures import grid, save_gif
 from flowmatch_mnist.sampling import weights
@@ -177,18 +177,18 @@ def test_the_weights_in_the_package_can_be_asked_for_beside_a_run(tiny_run):
 def test_the_weights_in_the_package_draw_as_well_as_they_say(data_dir):
     """A few of the digits whose scores stand in each file, drawn and measured anew."""
     images, labels = mnist.load(data_dir, "test")
-    sights = {}
-    for name in READERS:
-        net = reader(name)
-        sights["" if name == "digitnet" else f"{name}/"] = net, FrechetDistance(read_digits(net, images)[0])
+    classifiers = {}
+    for name in CLASSIFIERS:
+        net = load_classifier(name)
+        classifiers["" if name == "digitnet" else f"{name}/"] = net, FrechetDistance(classify(net, images)[0])
     for path in PRETRAINED.values():
         flow, sampler = load(path)
         metadata = load_weights(path)[1]
         count = min(map(int, json.loads(metadata["figures"])))
         scores = json.loads(metadata["figures"])[str(count)]
         drawn = generate(flow, labels_like(labels, count), sampler)
-        for by, (net, distance) in sights.items():
-            features, digits = read_digits(net, drawn.values)
+        for by, (net, distance) in classifiers.items():
+            features, digits = classify(net, drawn.values)
             accuracy, its_error, *_ = scores[f"{by}label accuracy"]
             assert (digits == drawn.labels).double().mean() == pytest.approx(accuracy, abs=its_error / 2)
             expected, its_error, *_ = scores[f"{by}Frechet distance"]

@@ -215,7 +215,7 @@ def test_a_quick_look_and_a_run_without_a_folder_save_nothing(trainer, around, c
     trainer.fast_dev_run, trainer.callbacks, trainer.log_dir = False, [], None
     save = begun(trainer, every_n_steps=1)
     assert save.path is None and not step(save, trainer)
-    save._hear(signal.SIGTERM, None)
+    save._on_signal(signal.SIGTERM, None)
     step(save, trainer)
     with pytest.raises(SystemExit):
         save.on_train_batch_start(trainer, MODULE, None, 0)
@@ -228,10 +228,10 @@ def test_a_quick_look_and_a_run_without_a_folder_save_nothing(trainer, around, c
 def test_a_signal_is_answered_after_the_step(trainer, around, tmp_path, capsys, hook, first):
     trainer.is_global_zero = first
     save = begun(trainer)
-    assert all(around.handlers[number] == save._hear for number in (signal.SIGINT, signal.SIGTERM))
+    assert all(around.handlers[number] == save._on_signal for number in (signal.SIGINT, signal.SIGTERM))
     end = getattr(save, hook)
     more = (None, 0) if hook == "on_train_batch_start" else ()
-    save._hear(signal.SIGINT, None)
+    save._on_signal(signal.SIGINT, None)
     end(trainer, MODULE, *more)
     assert step(save, trainer), "the step is finished, and saved"
     with pytest.raises(SystemExit) as ended:
@@ -245,15 +245,15 @@ def test_a_signal_is_answered_after_the_step(trainer, around, tmp_path, capsys, 
 def test_a_second_signal_ends_at_once_but_slurms_is_waited_for(trainer, around):
     save = begun(trainer)
     save._end = mock.Mock()
-    save._hear(signal.SIGINT, None)
+    save._on_signal(signal.SIGINT, None)
     save._end.assert_not_called()
-    save._hear(signal.SIGTERM, "frame")
+    save._on_signal(signal.SIGTERM, "frame")
     save._end.assert_called_once_with(signal.SIGTERM, "frame")
     around.slurm = signal.SIGUSR1
     save = begun(trainer)
     save._end = mock.Mock()
-    save._hear(signal.SIGUSR1, None)
-    save._hear(signal.SIGTERM, None)
+    save._on_signal(signal.SIGUSR1, None)
+    save._on_signal(signal.SIGTERM, None)
     save._end.assert_not_called()
     assert save._signal == REQUEUE + signal.SIGUSR1 > 2 * 128
 
@@ -270,7 +270,7 @@ def test_slurms_job_is_marked_started_anew_and_forgotten(trainer, around, tmp_pa
         assert around.marked == marked and (signal.SIGUSR1 in around.handlers) == (stage == "fit")
     save = begun(trainer)
     assert around.notifier.call_args.args == (trainer, save._end)
-    save._hear(signal.SIGUSR1, None)
+    save._on_signal(signal.SIGUSR1, None)
     assert step(save, trainer)
     with pytest.raises(SystemExit) as ended:
         save.on_train_epoch_start(trainer, MODULE)

@@ -25,7 +25,7 @@ from flowmatch_mnist.networks.unet import UNet
 from flowmatch_mnist.sampling.generate import Sampler
 from flowmatch_mnist.sampling.weights import newest_checkpoint
 from flowmatch_mnist.support.errors import UserError
-from flowmatch_mnist.support.files import damage, load_checkpoint, load_weights, save_checkpoint, save_weights
+from flowmatch_mnist.support.files import find_damage, load_checkpoint, load_weights, save_checkpoint, save_weights
 from flowmatch_mnist.training.drawing import DrawSamples
 from flowmatch_mnist.training.ema import EMA
 from flowmatch_mnist.training.module import FlowMatching
@@ -262,7 +262,7 @@ def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_whole(tmp_path, d
         assert_one_line_error(done, "cannot write", "No space left")
         checkpoints = tmp_path / "runs/tiny/version_0/checkpoints"
         assert {path.name for path in checkpoints.iterdir()} <= {"last.ckpt", "best.ckpt"}
-        assert damage(checkpoints / "last.ckpt") is None
+        assert find_damage(checkpoints / "last.ckpt") is None
 
 
 class Explode(Callback):

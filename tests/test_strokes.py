@@ -6,8 +6,8 @@ import torch
 from conftest import assert_one_line_error, run_here
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-from flowmatch_mnist.evaluation.metrics import read_digits
-from flowmatch_mnist.evaluation.readers import reader
+from flowmatch_mnist.evaluation.classifiers import load_classifier
+from flowmatch_mnist.evaluation.metrics import classify
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.images.strokes import WIDTH, prepare
 
@@ -79,7 +79,7 @@ def test_any_picture_of_a_seven_becomes_the_same_seven(kind):
     usual, _ = prepare(seven())
     shared = torch.minimum(digit, usual).float().sum() / torch.maximum(digit, usual).float().sum()
     assert shared > (0.4 if kind in ("pencil", "photograph", "small", "of 28 by 28") else 0.75), shared
-    assert read_digits(reader("digitnet"), digit[None])[1].item() == 7
+    assert classify(load_classifier("digitnet"), digit[None])[1].item() == 7
     assert (columns.max() - columns.min() + 1) <= 20
 
 

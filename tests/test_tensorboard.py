@@ -12,7 +12,7 @@ from conftest import TINY, run, run_here
 from PIL import Image
 from tensorboard import program
 
-from flowmatch_mnist.training.config import MATTER
+from flowmatch_mnist.training.config import LISTED_SETTINGS
 
 RUN = "tiny/version_0"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
@@ -96,7 +96,7 @@ def test_the_config_is_a_text_and_hyper_parameters_stand_beside_the_outcome(ask)
     assert "batch_size: 16" in ask("text/text", run=RUN, tag="config/text_summary")[0]["text"]
     experiment = ask("hparams/experiment", {"experimentName": ""})
     parameters = {info["name"] for info in experiment["hparamInfos"]}
-    assert parameters == set(MATTER) - {"max_steps"}, "which is not limited"
+    assert parameters == set(LISTED_SETTINGS) - {"max_steps"}, "which is not limited"
     assert ask("text/text", run=RUN, tag="command/text_summary")[0]["text"].count("train.py fit --config") == 1
     assert "1 x cpu in" in ask("text/text", run=RUN, tag="machine/text_summary")[0]["text"]
     metrics = {info["name"]["tag"] for info in experiment["metricInfos"]}

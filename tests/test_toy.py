@@ -16,7 +16,7 @@ from flowmatch_mnist.data.curve import LENGTH, Curve, CurveDataModule, curve
 from flowmatch_mnist.networks.mlp import MLP
 from flowmatch_mnist.sampling.generate import Flow, Sampler, Samples, draw_noise
 from flowmatch_mnist.sampling.units import UNITS, Plane
-from flowmatch_mnist.sampling.weights import KEY, save
+from flowmatch_mnist.sampling.weights import DESCRIPTION_KEY, save
 from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.errors import UserError
 from flowmatch_mnist.support.files import save_weights
@@ -58,12 +58,12 @@ def test_points_come_out_in_the_units_of_the_plane_also_of_older_files(tmp_path)
     flow, sampler = Flow(net, units=UNITS["plane"]), Sampler(1)
     save(tmp_path / "new.safetensors", flow, sampler, {})
     older = {key: value for key, value in flow.describe(sampler).items() if key != "units"} | {"pixels": "linear"}
-    save_weights(tmp_path / "old.safetensors", net.state_dict(), {KEY: json.dumps(older)})
+    save_weights(tmp_path / "old.safetensors", net.state_dict(), {DESCRIPTION_KEY: json.dumps(older)})
     for name in ("new", "old"):
         points = draw([0] * 4, tmp_path / f"{name}.safetensors", seed=3)
         torch.testing.assert_close(points.values, 2 * noise)
     wrong = flow.describe(sampler) | {"units": "linear"}
-    save_weights(tmp_path / "wrong.safetensors", net.state_dict(), {KEY: json.dumps(wrong)})
+    save_weights(tmp_path / "wrong.safetensors", net.state_dict(), {DESCRIPTION_KEY: json.dumps(wrong)})
     with pytest.raises(UserError, match="do not fit"):
         draw([0], tmp_path / "wrong.safetensors")
 

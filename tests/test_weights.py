@@ -12,16 +12,16 @@ from flowmatch_mnist.networks.unet import UNet
 from flowmatch_mnist.sampling import likelihood
 from flowmatch_mnist.sampling.generate import Flow, Sampler
 from flowmatch_mnist.sampling.units import UNITS
-from flowmatch_mnist.sampling.weights import KEY, load, load_digits, load_teacher, read_checkpoint, save, warm_start
+from flowmatch_mnist.sampling.weights import DESCRIPTION_KEY, load, load_digits, load_teacher, read_checkpoint, save, warm_start
 from flowmatch_mnist.support.errors import UserError
 from flowmatch_mnist.support.files import save_checkpoint
 
 SMALL = {"channels": (4, 8), "blocks": (1, 1), "attention": (False, True)}
 
 
-@pytest.mark.parametrize("missing", [KEY, "state_dict"])
+@pytest.mark.parametrize("missing", [DESCRIPTION_KEY, "state_dict"])
 def test_a_checkpoint_has_a_description_and_weights(missing, tmp_path):
-    whole = {KEY: {}, "state_dict": {}}
+    whole = {DESCRIPTION_KEY: {}, "state_dict": {}}
     save_checkpoint(tmp_path / "whole.ckpt", whole)
     assert read_checkpoint(tmp_path / "whole.ckpt")["state_dict"] == {}
     save_checkpoint(tmp_path / "part.ckpt", {name: value for name, value in whole.items() if name != missing})
@@ -34,7 +34,7 @@ def written(path, net, drop=(), **changes):
     flow = Flow(net)
     description = flow.describe(Sampler()) | changes
     weights = {f"net.{name}": value for name, value in net.state_dict().items() if name not in drop}
-    save_checkpoint(path, {KEY: description, "state_dict": weights})
+    save_checkpoint(path, {DESCRIPTION_KEY: description, "state_dict": weights})
     return path
 
 

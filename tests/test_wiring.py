@@ -13,7 +13,7 @@ from flowmatch_mnist.data import batches, reflow
 from flowmatch_mnist.data.curve import CurveDataModule
 from flowmatch_mnist.data.digits import MNISTDataModule
 from flowmatch_mnist.data.reflow import ReflowDataModule, draw_pairs
-from flowmatch_mnist.evaluation.readers import weights_of
+from flowmatch_mnist.evaluation.classifiers import weights_of
 from flowmatch_mnist.flow.couplings import COUPLINGS
 from flowmatch_mnist.flow.guidance import guide
 from flowmatch_mnist.images import mnist

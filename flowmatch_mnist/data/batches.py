@@ -21,7 +21,7 @@ def leave_signals_to_the_trainer(worker: int) -> None:
 
 
 class Slices:
-    """Cuts slices out of tensors. Workers get only this object, because it must be picklable if they are not forked."""
+    """Cuts slices out of tensors. Worker processes get only this object: if they are not forked, they get a pickled copy."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tensors
@@ -40,7 +40,7 @@ class Batches:
     Args:
         tensors: tensors of equal length; a batch is a tuple of their slices.
         batch_size: number of samples in a global batch, a multiple of `world_size`.
-        rank, world_size: the number of this process and the number of processes; they select its share of each batch.
+        rank, world_size: this process's number, from 0, and the number of processes; they select its share of each batch.
         seed: random seed of the order; None keeps the order of the tensors.
         epoch: a function that returns the current epoch; called at the start of each pass.
         same_order: whether all epochs have the order of the first epoch, as in training on only a few batches.

@@ -1,4 +1,4 @@
-"""The first lesson: points in the plane flow from noise onto the curve y = sin x, with or without a prompt.
+"""The first lesson: points in the plane flow from noise onto the curve y = sin x, with or without a prompt (a label).
 
 Path, module, solvers and callbacks are the same as for digits. Only the data and the network are different: they are small
 enough to understand completely.
@@ -19,6 +19,7 @@ from flowmatch_mnist.sampling.units import UNITS
 from flowmatch_mnist.support import streams
 
 LENGTH = 4 * math.pi
+"""The curve's extent in x, from 0. (The curve itself is longer.)"""
 
 
 def curve(x: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ class Curve(Problem):
     def measure(self, samples: Samples) -> list[Measurement]:
         """Return the mean distance to the curve, and the share of points that are nearest to their own segment.
 
-        The share exists only with several classes.
+        The share exists only with several classes. 4001 points stand for the curve, one every 0.003 in x.
         """
         x = torch.linspace(0, LENGTH, 4001)
         distance, nearest = torch.cdist(samples.values, curve(x)).min(dim=1)
@@ -63,7 +64,7 @@ class Curve(Problem):
         return measurements
 
     def pictures(self, samples: Samples) -> dict[str, Tensor]:
-        """Return a picture with noise, target and samples on the left, and some trajectories on the right."""
+        """Return a picture, uint8 (H, W, 3): noise, target and samples on the left, and some trajectories on the right."""
         # Imported here because the import of matplotlib is slow, and training on digits does not need it.
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

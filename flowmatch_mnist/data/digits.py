@@ -25,8 +25,8 @@ class MNISTDataModule(PairsDataModule):
         predict_per_class: number of digits of each class that `predict` draws.
         coupling: how the noise and the digits of a batch (of each process's share) are paired; see `couplings`.
         pixels: the scale of the grey levels: linear, from -1 to 1, or logit.
-        dequantize: whether each grey level gets noise as wide as the level, new in each batch. Then digits have a density, and
-            likelihoods need a density.
+        dequantize: whether each grey level gets noise as wide as one level, new in each batch. Then digits have a density, as
+            likelihoods need.
         seed: random seed of the noise and the data order; the command line sets it from `seed_everything`.
         num_workers: number of worker processes that cut training batches in advance; for data in memory, 0 is fastest.
 
@@ -53,7 +53,7 @@ class MNISTDataModule(PairsDataModule):
         super().__init__(problem, batch_size, eval_batch_size, predict_per_class, coupling, seed, num_workers)
         self.dequantize = dequantize
         if not 1 <= val_size <= 60_000 - batch_size:
-            raise ValueError(f"val_size must be at least 1 and leave a batch of {batch_size} of the 60,000, got {val_size}")
+            raise ValueError(f"val_size must be at least 1 and leave {batch_size} of the 60,000 images, got {val_size}")
         self.data_dir = Path(data_dir)
         self.val_size = val_size
 
@@ -62,7 +62,11 @@ class MNISTDataModule(PairsDataModule):
         mnist.prepare(self.data_dir)
 
     def read(self, split: mnist.Split) -> tuple[Tensor, Tensor]:
-        """Return the images, uint8 (N, 28, 28), and the labels, int64 (N,), of an official split."""
+        """Return the images, uint8 (N, 28, 28), and the labels, int64 (N,), of an official split.
+
+        Raises:
+            UserError: if a file is missing or not genuine.
+        """
         return mnist.load(self.data_dir, split)
 
     def setup(self, stage: str) -> None:
@@ -97,7 +101,11 @@ class IDXDataModule(MNISTDataModule):
         """Download nothing, because the user provides the files."""
 
     def read(self, split: mnist.Split) -> tuple[Tensor, Tensor]:
-        """Return the images and labels of a split."""
+        """Return the images, uint8 (N, 28, 28), and the labels, int64 (N,), of a split.
+
+        Raises:
+            UserError: if a file cannot be used, or there are too few training images.
+        """
         images, labels = mnist.load_any(self.data_dir, split)
         if split == "train" and len(images) < self.val_size + self.batch_size:
             raise UserError(f"{self.data_dir} has {len(images):,} training images; lower val_size to leave a training batch")

@@ -18,21 +18,22 @@ Pairs = tuple[Tensor, Tensor, Tensor]
 """(x0, x1, y): noise and data (B, *shape), labels int64 (B,)."""
 
 
-def place_of(trainer: Trainer) -> streams.Place:
-    """Return the place of the trainer's current batch. It is the same from the transfer to the device to the end of the step.
+def position_of(trainer: Trainer) -> streams.BatchPosition:
+    """Return the position of the trainer's current batch.
 
-    It counts batches, so no two batches share a key. `trainer.global_step` counts optimizer steps: with gradient accumulation,
-    several batches would share a key.
+    It is the same from the transfer to the device to the end of the step. It counts batches, so no two batches share a key of
+    `streams`. `trainer.global_step` counts optimizer steps: with gradient accumulation, several batches would share a key.
     """
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress
-    return streams.Place(progress.total.processed, trainer.global_rank, trainer.world_size)
+    return streams.BatchPosition(progress.total.processed, trainer.global_rank, trainer.world_size)
 
 
 class PairsDataModule(LightningDataModule):
     """A data module that yields pairs (x0, x1, y) of noise and data.
 
     A subclass sets `splits` in `setup`: "train" is (data, labels), and "val" and "test" are (data, labels, fixed noise). The
-    fixed noise of dequantisation, if any, comes last.
+    fixed noise of dequantisation, if any, comes last. "train" has noise too if each sample belongs to one noise, see
+    `data/reflow.py`.
 
     Args:
         problem: the description of the data.
@@ -81,10 +82,10 @@ class PairsDataModule(LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.splits: dict[str, tuple[Tensor, ...]] = {}
-        self._untrained_batches = count()
+        self._batches_without_trainer = count()
 
     def encode(self, data: Tensor, u: Tensor | None = None) -> Tensor:
-        """Return the network's x1 (B, *shape) from data in the form of the splits, with dequantisation noise if any."""
+        """Return the network's x1 (B, *shape) from data in the form of the splits; u is the dequantisation noise, if any."""
         return self.problem.units.encode(data, u)
 
     def real(self, split: str) -> Labelled:
@@ -95,8 +96,8 @@ class PairsDataModule(LightningDataModule):
     def training_set(self) -> tuple[Tensor, Tensor] | None:
         """Return the x1 (N, *shape) and labels (N,) that training draws from; see `flow.exact`.
 
-        Each x1 has the same probability, whatever the noise. Return None if this is not true: if noise depends on data (a
-        coupling, a teacher's pairs), or if data get noise of their own.
+        Each x1 must have the same probability, whatever the noise. Otherwise return None: the noise depends on the data (a
+        coupling, a teacher's pairs), or the data get noise of their own.
         """
         if self.path is not None or self.dequantize or self.couple is not independent:
             return None
@@ -112,7 +113,7 @@ class PairsDataModule(LightningDataModule):
 
         Without workers, the data are moved to the device and batches are cut there. So a step sends no data to a GPU.
         """
-        rank, world_size = self._place
+        rank, world_size = self._rank_and_world_size
         tensors = self.splits["train"]
         if self.trainer is not None and not self.num_workers:
             tensors = tuple(tensor.to(self.trainer.strategy.root_device) for tensor in tensors)
@@ -143,7 +144,7 @@ class PairsDataModule(LightningDataModule):
         return self._in_order(noise, labels, torch.arange(len(labels)))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Encode the data and pair them with noise, on the batch's device.
+        """Encode the data, pair them with noise on the batch's device, and return these `Pairs`.
 
         The noise of a training batch is a function of (seed, step) and of its samples' positions in the global batch. A batch
         that already has noise keeps it.
@@ -153,16 +154,16 @@ class PairsDataModule(LightningDataModule):
         data, y, *fixed = batch
         if fixed:
             return fixed[0].float(), self.encode(data, *fixed[1:]), y
-        place = place_of(self.trainer) if self.trainer else streams.Place(next(self._untrained_batches))
-        u = place.uniform(data.shape, data.device, self.seed, "dequantization") if self.dequantize else None
+        position = position_of(self.trainer) if self.trainer else streams.BatchPosition(next(self._batches_without_trainer))
+        u = position.uniform(data.shape, data.device, self.seed, "dequantization") if self.dequantize else None
         x1 = self.encode(data, u)
-        return self.couple(place.normal(x1.shape, x1.device, self.seed, "noise"), x1, y), x1, y
+        return self.couple(position.normal(x1.shape, x1.device, self.seed, "noise"), x1, y), x1, y
 
     @property
-    def _place(self) -> tuple[int, int]:
+    def _rank_and_world_size(self) -> tuple[int, int]:
         """Return (rank, number of processes)."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _in_order(self, *tensors: Tensor) -> Batches:
-        rank, world_size = self._place
+        rank, world_size = self._rank_and_world_size
         return Batches(*tensors, batch_size=self.eval_batch_size, rank=rank, world_size=world_size)

@@ -32,19 +32,20 @@ LINE: PathName = "linear"
 """The path that connects the two ends of a pair."""
 
 
-def shard_path(folder: Path, number: int) -> Path:
-    """Return the path of the file with the pairs from number x SHARD on."""
-    return folder / f"pairs_{number:05}.safetensors"
+def shard_path(folder: Path, shard_index: int) -> Path:
+    """Return the path of file `shard_index`, counted from 0. Its first pair is pair `shard_index * SHARD` of the set."""
+    return folder / f"pairs_{shard_index:05}.safetensors"
 
 
-def draw_shard(flow: Flow, sampler: Sampler, number: int, seed: int, batch_size: int | None) -> dict[str, Tensor]:
-    """Draw noise x0 and carry it to data x1, float16 (SHARD, *shape), with the classes in turn as labels y, int64 (SHARD,).
+def draw_shard(flow: Flow, sampler: Sampler, shard_index: int, seed: int, batch_size: int | None) -> dict[str, Tensor]:
+    """Draw the pairs of file `shard_index`: noise x0 and data x1, float16 (SHARD, *shape), and labels y, int64 (SHARD,).
 
-    The noise is rounded to float16 before it is carried, so the stored noise is exactly the noise that the teacher used.
+    The labels are the classes in turn. The noise is rounded to float16 before the teacher carries it to data, so the stored
+    noise is exactly the noise that the teacher used. `batch_size` is the number of pairs that are carried at a time.
     """
-    numbers = torch.arange(number * SHARD, (number + 1) * SHARD)
+    numbers = torch.arange(shard_index * SHARD, (shard_index + 1) * SHARD)
     labels = numbers % flow.net.no_label
-    x0 = torch.randn(SHARD, *flow.net.shape, generator=streams.generator("cpu", seed, "pairs", number)).half()
+    x0 = torch.randn(SHARD, *flow.net.shape, generator=streams.generator("cpu", seed, "pairs", shard_index)).half()
     drawn = generate(
         flow,
         labels,
@@ -91,18 +92,18 @@ def draw_pairs(
     shards = -(-count // SHARD)
     metadata = describe(flow, sampler, seed, shards)
     missing = []
-    for number in range(shards):
-        path = shard_path(folder, number)
+    for shard_index in range(shards):
+        path = shard_path(folder, shard_index)
         try:
             there = load_weights(path)[1]
         except UserError:
-            missing.append(number)  # missing or damaged
+            missing.append(shard_index)  # missing or damaged
             continue
-        if there != {**metadata, "number": str(number)}:
+        if there != {**metadata, "number": str(shard_index)}:
             raise UserError(f"{path} has pairs from another teacher, sampler, seed or count; use another --out, or remove it")
-    for number in track(missing, "drawing pairs", console=Console(stderr=True), transient=True):
-        shard = draw_shard(flow, sampler, number, seed, batch_size)
-        save_weights(shard_path(folder, number), shard, {**metadata, "number": str(number)})
+    for shard_index in track(missing, "drawing pairs", console=Console(stderr=True), transient=True):
+        shard = draw_shard(flow, sampler, shard_index, seed, batch_size)
+        save_weights(shard_path(folder, shard_index), shard, {**metadata, "number": str(shard_index)})
     return shards, len(missing)
 
 
@@ -123,13 +124,13 @@ def load_pairs(folder: Path, shape: tuple[int, ...], classes: int) -> dict[str, 
     pairs, metadata = load_weights(first)
     if metadata.get("path") != LINE:
         raise UserError(
-            f"{first} needs pairs of the {LINE} path, but has pairs of {metadata.get('path')}; draw the pairs again"
+            f"{first} must have pairs of the {LINE} path, but has pairs of {metadata.get('path')}; draw the pairs again"
         )
     shards = []
-    for number in range(int(metadata["shards"])):
-        path = shard_path(folder, number)
-        pairs, its_own = load_weights(path) if number else (pairs, metadata)
-        if its_own != {**metadata, "number": str(number)}:
+    for shard_index in range(int(metadata["shards"])):
+        path = shard_path(folder, shard_index)
+        pairs, its_own = load_weights(path) if shard_index else (pairs, metadata)
+        if its_own != {**metadata, "number": str(shard_index)}:
             raise UserError(f"{path} and {first} belong to different sets of pairs; draw the pairs again")
         if not fits(pairs, shape, classes):
             raise UserError(f"{path} has no pairs of shape {shape} with labels 0 to {classes - 1}; use another folder")
@@ -158,6 +159,9 @@ class ReflowDataModule(PairsDataModule):
         predict_per_class: number of samples of each class that `predict` draws.
         seed: random seed of the data order; the command line sets it from `seed_everything`.
         num_workers: number of worker processes that cut training batches in advance; for data in memory, 0 is fastest.
+
+    Raises:
+        ValueError: if a number is out of range.
     """
 
     path = LINE
@@ -181,7 +185,11 @@ class ReflowDataModule(PairsDataModule):
         self.teachers_data.prepare_data()
 
     def setup(self, stage: str) -> None:
-        """Read the real data and the pairs into memory."""
+        """Read the real data and the pairs into memory.
+
+        Raises:
+            UserError: if the pairs cannot be used, or are too few for `val_size` and a batch.
+        """
         self.teachers_data.setup(stage)
         if stage == "predict" or self.splits:
             return
@@ -189,7 +197,7 @@ class ReflowDataModule(PairsDataModule):
         everything = (pairs["x1"], pairs["y"], pairs["x0"])
         if not 0 < self.val_size <= len(pairs["y"]) - self.batch_size:
             raise UserError(
-                f"val_size must be at least 1 and leave a batch of the {len(pairs['y']):,} pairs, got {self.val_size}"
+                f"val_size must be at least 1 and leave one batch out of the {len(pairs['y']):,} pairs, got {self.val_size}"
             )
         # The noise of each pair takes the position of an evaluation's fixed noise, so it stays with its data.
         self.splits["train"] = tuple(tensor[self.val_size :] for tensor in everything)
@@ -208,7 +216,7 @@ def straightness(states: Tensor) -> Tensor:
     """Return how far trajectories are from straight: the mean square of (x1 - x0) - v over time. A straight line has 0.
 
     Args:
-        states: (steps + 1, N, ...), at equally spaced times. Use enough steps, because differences replace the velocity.
+        states: (steps + 1, N, ...), at equally spaced times. Use many steps: differences of states replace the velocity.
 
     Returns:
         For each trajectory, the mean over its coordinates: (N,). Source: Liu et al. 2022, equation 9.

@@ -15,10 +15,11 @@ from flowmatch_mnist.images.pixels import PIXELS
 from flowmatch_mnist.support.errors import UserError
 from flowmatch_mnist.support.files import load_weights
 
-FOLDER = Path(__file__).parents[1] / "weights"
+WEIGHTS_FOLDER = Path(__file__).parents[1] / "weights"
+"""The folder of the weights in the package."""
 
 
-class Reader(nn.Module):
+class Classifier(nn.Module):
     """A classifier of digits: images uint8 (B, 28, 28) -> logits float32 (B, 10).
 
     Args:
@@ -50,7 +51,7 @@ def layer(channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU())
 
 
-class DigitNet(Reader):
+class DigitNet(Classifier):
     """The first classifier: a plain stack of convolutions with batch normalisation. Its features depend on positions."""
 
     def __init__(self) -> None:
@@ -86,7 +87,7 @@ class Residual(nn.Module):
         return x + self.scale * self.change(x)
 
 
-class ResNet(Reader):
+class ResNet(Classifier):
     """The second classifier: strides instead of pooling, residual blocks without normalisation.
 
     Its features are averaged over all positions.
@@ -109,27 +110,31 @@ class ResNet(Reader):
         )
 
 
-READERS: dict[str, Callable[[], Reader]] = {"digitnet": DigitNet, "resnet": ResNet}
+CLASSIFIERS: dict[str, Callable[[], Classifier]] = {"digitnet": DigitNet, "resnet": ResNet}
 """The classifiers, by the names of their files."""
 
 
 def weights_of(name: str) -> Path:
     """Return the path of a classifier's weights."""
-    return FOLDER / f"{name}.safetensors"
+    return WEIGHTS_FOLDER / f"{name}.safetensors"
 
 
 def metadata_of(name: str) -> dict[str, str]:
-    """Return the metadata in a classifier's file: how it was trained, and the baseline of real digits."""
+    """Return the metadata in a classifier's file: how it was trained, and the baseline of real digits.
+
+    Raises:
+        UserError: if the file is missing or damaged.
+    """
     return load_weights(weights_of(name))[1]
 
 
-def reader(name: str) -> Reader:
+def load_classifier(name: str) -> Classifier:
     """Return a classifier with the weights in the package, ready for measurements, on the CPU.
 
     Raises:
         UserError: if the file is missing or damaged.
     """
-    net, path = READERS[name](), weights_of(name)
+    net, path = CLASSIFIERS[name](), weights_of(name)
     try:
         net.load_state_dict(load_weights(path)[0])
     except (UserError, RuntimeError) as error:

@@ -7,8 +7,8 @@ from flowmatch_mnist.evaluation.estimates import Measurement, median, share
 from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.devices import full_float32
 
-AMONG = 1000
-"""The largest number of samples, and of held-out images, to compare with the training images. This comparison costs most."""
+MAX_COMPARED = 1000
+"""The largest number of samples, and of held-out images, to compare with the training images. This takes the most time."""
 
 CHUNK = 1000
 """Number of images in one computation of distances."""
@@ -42,9 +42,9 @@ class Copies:
 
     @full_float32()
     def _nearest(self, images: Tensor) -> Tensor:
-        """Return the distances from random images to their nearest training images: (at most `AMONG`,), on the CPU."""
+        """Return the distances of random images to their nearest training images: (at most `MAX_COMPARED`,), on the CPU."""
         order = torch.randperm(len(images), generator=streams.generator("cpu", "near copies"))
-        some = self._flat(images[order[:AMONG]])
+        some = self._flat(images[order[:MAX_COMPARED]])
         return torch.cat([torch.cdist(chunk, self.training).amin(1) for chunk in some.split(CHUNK)]).cpu()
 
     def _flat(self, images: Tensor) -> Tensor:

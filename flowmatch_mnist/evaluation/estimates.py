@@ -27,6 +27,7 @@ class Estimate(NamedTuple):
     def __str__(self) -> str:
         if not self.error:
             return f"{self.value:g}"
+        # From 3.95 on, the error is rounded to 4.0, which begins with 4.
         places = max(0, -math.floor(math.log10(self.error / 3.95)))
         return f"{self.value:.{places}f} ± {self.error:.{places}f}"
 
@@ -51,7 +52,7 @@ def median(values: Tensor) -> Estimate:
     """Return the median of values (N,), and its standard error.
 
     The error is half of the difference between two values: those at the ranks one standard deviation above and below the
-    median's rank.
+    median's rank. The number of values below the true median is binomial, with the standard deviation sqrt(N) / 2.
     """
     ranks = torch.tensor([0.5, 0.5 - 0.5 / math.sqrt(len(values)), 0.5 + 0.5 / math.sqrt(len(values))])
     middle, low, high = torch.quantile(values, ranks.to(values)).tolist()

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from flowmatch_mnist.evaluation.classifiers import CLASSIFIERS, Classifier, load_classifier, metadata_of
 from flowmatch_mnist.evaluation.copies import Copies
 from flowmatch_mnist.evaluation.estimates import Estimate, Measurement, mean, share
-from flowmatch_mnist.evaluation.metrics import FrechetDistance, Manifold, read_digits
-from flowmatch_mnist.evaluation.readers import READERS, Reader, metadata_of, reader
+from flowmatch_mnist.evaluation.metrics import FrechetDistance, Manifold, classify
 from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.errors import UserError
 
@@ -45,26 +45,29 @@ def fingerprint(images: Tensor) -> int:
     return zlib.crc32(images.cpu().numpy().tobytes())
 
 
-class Sight:
+class ClassifierMetrics:
     """The measures that use one classifier.
 
     Args:
         net: the classifier, on the device where it should run.
         held_out: images uint8 (M, 28, 28) and their labels (M,), to compare with.
+
+    Attributes:
+        right: which held-out images the classifier reads as their labels, bool (M,).
     """
 
-    def __init__(self, net: Reader, held_out: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, net: Classifier, held_out: tuple[Tensor, Tensor]) -> None:
         self.net = net
         images, labels = held_out
-        features, digits = read_digits(self.net, images)
+        features, digits = classify(self.net, images)
         self.right = digits == labels
         self.frechet = FrechetDistance(features)
         self.manifold = Manifold(features.float())
 
     def baseline(self, images: Tensor, draws: Tensor) -> list[Estimate]:
-        """Return Fréchet distance, precision and recall of real images, as means over draws of indices (draws, N)."""
+        """Return Fréchet distance, precision and recall of real images: means over `draws`, indices of images (DRAWS, N)."""
         read, where = draws.unique(return_inverse=True)
-        features, _ = read_digits(self.net, images[read])
+        features, _ = classify(self.net, images[read])
         scores = []
         for some in where:
             drawn = features[some]
@@ -73,8 +76,11 @@ class Sight:
         return [mean(each) for each in torch.tensor(scores).T]
 
     def measure(self, images: Tensor, labels: Tensor, baseline: list[Estimate]) -> tuple[list[Measurement], Tensor]:
-        """Return the measurements of images, the most important first, and which images are read as their labels, (N,)."""
-        features, digits = read_digits(self.net, images)
+        """Return the measurements of images uint8 (N, 28, 28) for labels (N,), the most important first.
+
+        The second result is which images are read as their labels, bool (N,).
+        """
+        features, digits = classify(self.net, images)
         right = digits == labels
         precise, recalled = Manifold(features.float()).shared_with(self.manifold)
         distance, precision, recall = baseline
@@ -110,10 +116,10 @@ class Evaluator:
             raise UserError(f"{len(held_out[0])} held-out images are too few to compare samples with; raise val_size")
         images, self.labels = held_out
         self.training, self.training_labels = training
-        self.sights = {name: Sight(reader(name).to(device), held_out) for name in READERS}
+        self.metrics = {name: ClassifierMetrics(load_classifier(name).to(device), held_out) for name in CLASSIFIERS}
         self.copies = Copies(images, self.training, device)
         self._baselines: dict[tuple[int, ...], dict[str, list[Estimate]]] = {}
-        known = {name: json.loads(metadata_of(name).get("real digits", "{}")) for name in READERS}
+        known = {name: json.loads(metadata_of(name).get("real digits", "{}")) for name in CLASSIFIERS}
         if all(baseline.get("beside") == fingerprint(images) for baseline in known.values()):
             self._baselines[counts_of(self.labels)] = {
                 name: [Estimate(*estimate) for estimate in baseline["scores"]] for name, baseline in known.items()
@@ -128,14 +134,16 @@ class Evaluator:
         counts = counts_of(labels)
         if counts not in self._baselines:
             draws = draw_like(self.training_labels, counts)
-            self._baselines[counts] = {name: sight.baseline(self.training, draws) for name, sight in self.sights.items()}
-        seen = {name: sight.measure(images, labels, self._baselines[counts][name]) for name, sight in self.sights.items()}
-        first, *others = seen
-        measurements, right = seen[first]
+            self._baselines[counts] = {name: metrics.baseline(self.training, draws) for name, metrics in self.metrics.items()}
+        results = {
+            name: metrics.measure(images, labels, self._baselines[counts][name]) for name, metrics in self.metrics.items()
+        }
+        first, *others = results
+        measurements, right = results[first]
         found = [*measurements, *self.copies.measure(images)]
         for other in others:
-            found += [Measurement(f"{other}/{m.name}", m.samples, m.real, m.ratio) for m in seen[other][0]]
-        return [*found, *self._by_digit(labels, right, self.sights[first].right)]
+            found += [Measurement(f"{other}/{m.name}", m.samples, m.real, m.ratio) for m in results[other][0]]
+        return [*found, *self._by_digit(labels, right, self.metrics[first].right)]
 
     def _by_digit(self, labels: Tensor, right: Tensor, really_right: Tensor) -> Iterator[Measurement]:
         """Yield the label accuracy of each digit that was drawn."""

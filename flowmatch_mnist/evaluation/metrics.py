@@ -1,4 +1,4 @@
-"""Measures of how close drawn digits are to real ones. They compare the features that a classifier of `readers` computes.
+"""Measures of how close drawn digits are to real ones. They compare the features that one of the `classifiers` computes.
 
 Sources: Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule", equation 6 (Fréchet distance); Kynkäänniemi et al.
 2019, "Improved Precision and Recall Metric for Assessing Generative Models", section 3.
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from flowmatch_mnist.evaluation.classifiers import Classifier
 from flowmatch_mnist.evaluation.estimates import Estimate
-from flowmatch_mnist.evaluation.readers import Reader
 from flowmatch_mnist.sampling.generate import default_batch_size
 from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.devices import full_float32
@@ -18,12 +18,12 @@ CHUNK = 1000
 """Number of points in one computation of distances."""
 
 RESAMPLES = 20
-"""Number of bootstrap resamples for the error of a Fréchet distance. With 20, that error is itself known to about one sixth."""
+"""Number of bootstrap resamples for the error of a Fréchet distance. The relative error of that error is about one sixth."""
 
 
 @torch.inference_mode()
 @full_float32()
-def read_digits(net: Reader, images: Tensor) -> tuple[Tensor, Tensor]:
+def classify(net: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return the features, float64 (N, D), of images uint8 (N, 28, 28), and the digits read in them, int64 (N,).
 
     Both are on the CPU, because some devices have no float64. The net may be on any device.
@@ -36,7 +36,7 @@ def read_digits(net: Reader, images: Tensor) -> tuple[Tensor, Tensor]:
 class Features(nn.Module):
     """An identity module. torchmetrics expects a network here, but the features are already computed."""
 
-    num_features = Reader.num_features
+    num_features = Classifier.num_features
 
     def forward(self, features: Tensor) -> Tensor:
         return features
@@ -63,7 +63,7 @@ class FrechetDistance:
     def estimate(self, features: Tensor) -> Estimate:
         """Return the distance and its standard error: the standard deviation of the distance over resamples.
 
-        Each resample draws as many features, with replacement.
+        Each resample draws N of the N features, with replacement.
 
         Source: Efron 1979, "Bootstrap Methods: Another Look at the Jackknife".
         """

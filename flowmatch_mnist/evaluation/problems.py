@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from flowmatch_mnist.evaluation.classifiers import CLASSIFIERS, load_classifier
 from flowmatch_mnist.evaluation.copies import Copies
 from flowmatch_mnist.evaluation.estimates import Measurement
 from flowmatch_mnist.evaluation.evaluator import Evaluator
-from flowmatch_mnist.evaluation.metrics import read_digits
-from flowmatch_mnist.evaluation.readers import READERS, reader
+from flowmatch_mnist.evaluation.metrics import classify
 from flowmatch_mnist.images.pictures import grid
 from flowmatch_mnist.images.pixels import PixelsName
 from flowmatch_mnist.sampling.generate import Samples
@@ -106,7 +106,7 @@ class Digits(OtherImages):
 
     def misread(self, samples: Samples) -> Tensor:
         """Return which samples with a class are misread by the evaluator's first classifier, bool (N,)."""
-        _, digits = read_digits(reader(next(iter(READERS))), samples.values)
+        _, digits = classify(load_classifier(next(iter(CLASSIFIERS))), samples.values)
         return (digits != samples.labels) & (samples.labels < self.classes)
 
     def scorer(self, held_out: Labelled, training: Labelled, device: torch.device) -> Scorer:

@@ -1,6 +1,6 @@
 """The exact field of a finite data set: the mean around which the targets of flow matching scatter.
 
-Many pairs (x0, x1) lead through the same point x_t, and the network learns the mean of their targets. This mean has a formula
+Many pairs (x0, x1) pass through the same point x_t, and the network learns the mean of their targets. This mean has a formula
 if the data set is finite and the noise is Gaussian and independent of the data. The formula is a softmax over the data set:
 
     E[x1 | x_t, y] = sum_i w_i x1_i    with    w = softmax_i -|x_t - alpha_t x1_i|^2 / (2 sigma_t^2)    over all i of class y
@@ -28,7 +28,7 @@ from flowmatch_mnist.support.devices import full_float32
 
 
 class ExactField:
-    """The exact field: the mean of all pairs that lead through a point.
+    """The exact field: the mean of all pairs that pass through a point.
 
     Args:
         x1: the data, in the units of the network, float32 (N, ...).
@@ -38,7 +38,7 @@ class ExactField:
     def __init__(self, x1: Tensor, y: Tensor) -> None:
         order = y.argsort()
         self.data, self.labels = x1[order].flatten(1), y[order]
-        self.squares = self.data.square().sum(1)
+        self.squared_norms = self.data.square().sum(1)
         self.counts = y.bincount().tolist()
 
     @torch.no_grad()
@@ -46,14 +46,15 @@ class ExactField:
     def pairs(
         self, path: ProbabilityPath, x0: Tensor, x1: Tensor, y: Tensor, t: Tensor, until: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """Replace each pair with t < until by the mean of all pairs that lead through the same point.
+        """Replace each pair with t < until by the mean of all pairs that pass through the same point on `path`.
 
-        A pair with a label that is not in the data stays unchanged: x0, x1 (B, ...), y, t (B,) -> (B, ...) each.
+        A pair with a label that is not in the data stays unchanged: x0, x1 (B, ...), y, t (B,), until in [0, 1] -> (B, ...)
+        each.
         """
         x_t = path.point(x0, x1, t)
         early = (t < until) & (y < len(self.counts))
         device = x1.device.type
-        # Checked first, because some types of devices do not support autocast.
+        # 16 bits are too coarse for the distances. Autocast is disabled only if it is on: some types of devices do not have it.
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             if device == "cpu":  # one class at a time, and only for the early points of this class
                 means, start = x1.clone(), 0
@@ -62,7 +63,7 @@ class ExactField:
                     if len(rows):
                         means[rows] = self._mean(path, x_t[rows], t[rows], slice(start, start + count))
                     start += count
-            else:  # all classes at once: to select the points of one class, the host would wait for the GPU
+            else:  # all classes at once: to select the points of one class, the host (the CPU) would wait for the GPU
                 means = self._mean(path, x_t, t, slice(None), self.labels == y[:, None])
         noise, _ = pair("data", path, means, x_t, t)
         chosen = match_dims(early, x1)
@@ -71,13 +72,13 @@ class ExactField:
     def _mean(self, path: ProbabilityPath, x: Tensor, t: Tensor, some: slice, which: Tensor | None = None) -> Tensor:
         """Return E[x1 | x_t] for points x (B, ...) at t (B,), over the data in the slice `some`: (B, ...).
 
-        With `which` (B, N), each point has its own choice of the data. The softmax is attention: the query is the point, and
-        the keys and values are the data. One term of the squared distance does not depend on the data. The softmax cancels this
-        term, so the code leaves it out.
+        With `which`, bool (B, N), each point has its own choice of the data. The softmax is attention: the query is the scaled
+        point, and the keys and values are the data. One term of the squared distance does not depend on the data. The softmax
+        cancels this term, so the code leaves it out.
         """
         ratio = (path.alpha(t) / path.sigma(t))[:, None]
         query, data = ratio / path.sigma(t)[:, None] * x.flatten(1), self.data[some]
-        bias = -(ratio**2) / 2 * self.squares[some]
+        bias = -(ratio**2) / 2 * self.squared_norms[some]
         if which is not None:
             bias = bias.masked_fill(~which, -torch.inf)
         mean = F.scaled_dot_product_attention(query[None], data[None], data[None], attn_mask=bias[None], scale=1.0)

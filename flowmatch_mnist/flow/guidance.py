@@ -19,18 +19,19 @@ def drop_labels(y: Tensor, probability: float, no_label: int, u: Tensor) -> Tens
 def guide(net: Network, x: Tensor, t: Tensor, y: Tensor, scale: float | Tensor, until: Tensor | None = None) -> Tensor:
     """Return the guided prediction p_uncond + scale (p_cond - p_uncond): x (B, ...), t, y, until (B,) -> (B, ...).
 
-    The rule is the same for velocity, data and noise, because they are linear in each other at a given x_t. Scale 1 means no
-    guidance, and scale 0 means no label: each costs one network evaluation for each sample. Any other scale costs two, in one
-    batch of twice the size. A tensor with one scale for each sample, (B,), also costs two.
+    With `until`, the predictions are mean velocities from t to `until`, see `flow.meanflow`. The rule is the same for velocity,
+    data and noise, because at a given x_t each is an affine function of every other. Scale 1 means no guidance, and scale 0
+    means no label: each costs one network evaluation for each sample. Any other scale costs two, in one batch of twice the
+    size. A tensor with one scale for each sample, (B,), also costs two.
     """
     times = [time for time in (t, until) if time is not None]
-    nothing = torch.full_like(y, net.no_label)
+    no_labels = torch.full_like(y, net.no_label)
     if isinstance(scale, Tensor):
         scale = match_dims(scale, x)
     elif scale in (0.0, 1.0):
-        return net(x, times[0], y if scale else nothing, *times[1:])
+        return net(x, times[0], y if scale else no_labels, *times[1:])
     times = [torch.cat([time, time]) for time in times]
-    both = net(torch.cat([x, x]), times[0], torch.cat([y, nothing]), *times[1:])
+    both = net(torch.cat([x, x]), times[0], torch.cat([y, no_labels]), *times[1:])
     with_label, without = both.unflatten(0, (2, x.shape[0]))
     return without + scale * (with_label - without)
 
@@ -42,7 +43,7 @@ class Guided:
         net: the network.
         y: labels (B,).
         scale: the guidance scale.
-        interval: the first and the last t, in the time of the network's path, with this scale; outside, the scale is 1.
+        interval: the first and the last t with this scale, in the time of the network's path. Outside it, the scale is 1.
 
     Attributes:
         evaluations: network evaluations (NFE) for each sample so far; an evaluation with guidance counts as two.
@@ -56,7 +57,7 @@ class Guided:
         self.evaluations = 0
 
     def __call__(self, x: Tensor, t: Tensor, until: Tensor | None = None) -> Tensor:
-        """Return the prediction at x (B, ...) and t (), or its mean from t to `until` (): (B, ...)."""
+        """Return the prediction at x (B, ...) and t (), or the mean velocity from t to `until` (): (B, ...)."""
         start, end = self.interval
         scale = self.scale if start <= t <= end else 1.0
         self.evaluations += 1 if scale in (0.0, 1.0) else 2
@@ -66,7 +67,7 @@ class Guided:
 
     @staticmethod
     def _spread(time: Tensor, x: Tensor) -> Tensor:
-        """Repeat the time () for each sample of x: (B,). A time on the CPU becomes a number, so the host waits for no GPU."""
+        """Repeat the time () for each sample of x: (B,). A time on the CPU becomes a number: nothing waits for a GPU."""
         if time.device == x.device or torch.compiler.is_exporting():
             return time.to(x).expand(x.shape[0])
         return x.new_full((x.shape[0],), time.item())

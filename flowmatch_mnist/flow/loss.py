@@ -41,14 +41,14 @@ class FlowLoss:
         path: the path from noise to data: linear, cosine or vp.
         prediction: the prediction target: velocity, data or noise.
         times: the density of the training times in (0, 1); by default `LogitNormal()`.
-        weighting: the name of a known training, see `weighting`. The loss gets the weight of that training at each
-            signal-to-noise ratio. By default the error of the prediction gets no extra weight.
+        weighting: the name of a published training objective, see `weighting`. The loss gets the weight of that objective at
+            each signal-to-noise ratio. By default the error of the prediction gets no extra weight.
         loss: squared, huber or charbonnier, see `reduce`; validation always uses squared.
         mean_flow: how to learn mean velocities too, for sampling in one step; by default the network does not learn them.
         label_dropout: the probability that a sample is trained without its label, in [0, 1]; guidance needs more than 0.
-        exact_until: the t, in [0, 1), before which a sample with a label has the exact target, see `exact`. The sample's own
-            target scatters around the exact one. 0 means that no sample has the exact target. If it is above 0, the training
-            code must set `exact_field`.
+        exact_until: a time in [0, 1). A sample with a label and an earlier t has the exact target, see `exact`. The sample's
+            own target scatters around the exact one. 0 means that no sample has the exact target. If it is above 0, the
+            training code must set `exact_field`.
 
     Attributes:
         exact_field: the exact field of the training data; needed if `exact_until` is above 0.
@@ -82,6 +82,9 @@ class FlowLoss:
         """Return the loss of each sample: noise x0 and data x1 (B, ...), labels y and times t (B,) -> (B,).
 
         `uniform(what, *shape)` draws the random numbers in [0, 1); `what` is "labels" or "spans". The default is `torch.rand`.
+
+        Raises:
+            ValueError: if `exact_field` or the teacher's network is needed, but not set.
         """
         draw = uniform or (lambda what, *shape: torch.rand(shape, device=t.device))
         y = drop_labels(y, self.label_dropout, net.no_label, draw("labels", len(y)))
@@ -103,7 +106,9 @@ class FlowLoss:
         return net(x_t, t, y) - u_t
 
     def exact_pairs(self, x0: Tensor, x1: Tensor, y: Tensor, t: Tensor, until: float) -> tuple[Tensor, Tensor]:
-        """Replace each pair with t < until by the mean of all pairs that lead through the same point; the shapes stay.
+        """Replace each pair with t < until by the mean of all pairs that pass through the same point on the path.
+
+        x0, x1 (B, ...), y, t (B,), until in [0, 1] -> (B, ...) each.
 
         Raises:
             ValueError: if `exact_field` is not set.
@@ -113,7 +118,7 @@ class FlowLoss:
         return self.exact_field.pairs(PATHS[self.path], x0, x1, y, t, until)
 
     def point_and_target(self, x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the point x_t, and the target of the network at this point: (B, ...) each."""
+        """Return the point x_t, and the target of the network at this point: x0, x1 (B, ...), t (B,) -> (B, ...) each."""
         path = PATHS[self.path]
         return path.point(x0, x1, t), target(self.prediction, path, x0, x1, t)
 
@@ -123,7 +128,7 @@ class FlowLoss:
             raise ValueError("mean velocities need a network with spans; set spans of the network to true")
 
     def prepare(self, load: Callable[[str], Network]) -> None:
-        """Load the teacher of mean velocities, if there is one. The function `load` returns a network by its name."""
+        """Load the teacher of mean velocities, if there is one. `load` gets the teacher's name and returns its network."""
         if self.mean_flow and self.mean_flow.teacher is not None:
             self.mean_flow.net = load(self.mean_flow.teacher)
 
@@ -131,14 +136,14 @@ class FlowLoss:
 def reduce(error: Tensor, loss: LossName) -> Tensor:
     """Return the loss of each sample: error (B, ...) -> (B,).
 
-    - `squared` is the mean square. Its minimum is the mean of the targets. Use it for velocities, because flow matching
+    - `squared` is the mean square. It is smallest at the mean of the targets. Use it for velocities, because flow matching
       needs their mean.
     - `huber` is the pseudo-Huber distance, sqrt(mean square + c^2) - c. One sample with a large error does not outweigh many
-      samples with small errors. Use it for errors that should vanish. Source: Song and Dhariwal 2023, "Improved Techniques for
-      Training Consistency Models", section 3.3.
-    - `charbonnier` is the same for each pixel, mean(sqrt(error^2 + c^2) - c). Its minimum is near the median of the targets. If
-      the ink of a pixel is uncertain, it chooses the more likely of black and white instead of a grey. Source: Lai et al. 2017,
-      "Deep Laplacian Pyramid Networks for Fast and Accurate Super-Resolution", section 3.2.
+      samples with small errors. Use it where every error should become 0. Source: Song and Dhariwal 2023, "Improved
+      Techniques for Training Consistency Models", section 3.3.
+    - `charbonnier` is the same for each pixel, mean(sqrt(error^2 + c^2) - c). It is smallest near the median of the targets.
+      If the ink of a pixel is uncertain, the network learns the more likely of black and white, and not a grey. Source: Lai et
+      al. 2017, "Deep Laplacian Pyramid Networks for Fast and Accurate Super-Resolution", section 3.2.
     """
     squares = error.square().flatten(1)
     if loss == "huber":

@@ -12,7 +12,7 @@ In the second, the stride goes to 0. The result is the mean-flow identity:
     u(x, t, s) = v(x, t) + (s - t) du/dt,   where du/dt = du/dx v + the partial derivative of u with respect to t
 
 The network learns to satisfy one of the two equations. The right-hand side is the target, and no gradients flow through it. For
-s = t, the target is v: this is flow matching.
+s = t, the target is v: this is flow matching. In the code, s is `until`, and u(x, t, s) is `net(x, t, y, until)`.
 
 Sources: Geng et al. 2025, "Mean Flows for One-step Generative Modeling", equations 6 to 8 (the identity; their time runs from
 data to noise); Guo et al. 2025, "SplitMeanFlow: Interval Splitting Consistency in Few-Step Generative Modeling", equation 7;
@@ -41,8 +41,8 @@ class MeanFlow:
         instants: the share of the samples with s = t, in [0, 1].
         to_end: the share of the other samples with a span up to the data, s = 1, in [0, 1]. The remaining spans end at
             uniformly distributed times between t and 1.
-        stride: the length after which a span is cut, in [0, 1]. 0 means the mean-flow identity. Its derivative multiplies the
-            network's errors by the span, and training may collapse late. A stride has a bias instead.
+        stride: the length h after which a span is cut, in [0, 1]. 0 means the mean-flow identity. Its derivative multiplies the
+            network's errors by the span, and training may collapse late. A stride above 0 avoids this, but it has a bias.
 
     Attributes:
         net: the teacher's network, which predicts the velocity of the linear path. None means the data's own velocity.
@@ -75,16 +75,16 @@ class MeanFlow:
         self.stride = stride
         self.net: Network | None = None
 
-    def ends(self, t: Tensor, u: Tensor) -> Tensor:
-        """Return the ends of the spans: times t (B,), uniform random numbers u in [0, 1) (B, 2) -> (B,), in [t, 1]."""
-        share = (u[:, 1] / max(1 - self.to_end, 1e-9)).clamp(max=1)
-        return t + (1 - t) * torch.where(u[:, 0] < self.instants, 0, share)
+    def ends(self, t: Tensor, random: Tensor) -> Tensor:
+        """Return the ends of the spans: times t (B,), uniform numbers `random` in [0, 1) (B, 2) -> (B,), in [t, 1]."""
+        share = (random[:, 1] / max(1 - self.to_end, 1e-9)).clamp(max=1)
+        return t + (1 - t) * torch.where(random[:, 0] < self.instants, 0, share)
 
     def error(self, net: Network, x_t: Tensor, u_t: Tensor, t: Tensor, y: Tensor, until: Tensor) -> Tensor:
         """Return the mean velocities from the network minus their targets: (B, ...).
 
         Args:
-            net: the network, built with spans.
+            net: the network that learns, built with spans.
             x_t: points on the path, (B, ...).
             u_t: the velocities of their pairs, (B, ...). Their mean at a point is the data's own velocity.
             t: the times of the points, (B,).
@@ -98,6 +98,7 @@ class MeanFlow:
             raise ValueError(f"the teacher {self.teacher} was not loaded; set `net` to its network")
         with torch.no_grad():
             if self.net is None:
+                # `net.forward` is never compiled: a call without gradients would be compiled a second time.
                 velocity = net.forward(x_t, t, y, t)
             else:
                 start, end = self.guidance_interval
@@ -107,16 +108,16 @@ class MeanFlow:
                 h = (until - t).clamp(max=self.stride)
                 later = net.forward(x_t + match_dims(h, x_t) * velocity, t + h, y, until)
                 rest = match_dims(1 - h / (until - t).clamp(min=1e-9), x_t)  # share of the span after the stride
-                aim = torch.where(match_dims(until > t, x_t), velocity + rest * (later - velocity), u_t)
+                target = torch.where(match_dims(until > t, x_t), velocity + rest * (later - velocity), u_t)
             else:
-                aim = u_t + match_dims(until - t, x_t) * derivative(net, x_t, t, y, until, velocity)
-        return net(x_t, t, y, until) - aim
+                target = u_t + match_dims(until - t, x_t) * derivative(net, x_t, t, y, until, velocity)
+        return net(x_t, t, y, until) - target
 
 
 def derivative(net: Network, x: Tensor, t: Tensor, y: Tensor, until: Tensor, velocity: Tensor) -> Tensor:
-    """Return du/dt along dx/dt = velocity, by forward differentiation: x, velocity (B, ...), t, y, until (B,) -> (B, ...).
+    """Return du/dt of the mean velocity u along dx/dt = velocity: x, velocity (B, ...), t, y, until (B,) -> (B, ...).
 
-    It is computed in 32 bits, because in 16 bits it would be lost in rounding errors.
+    Forward differentiation computes it in 32 bits, because in 16 bits it would be lost in rounding errors.
     """
     with full_float32(), torch.autocast(x.device.type, enabled=False):
         inputs, tangents = (x, t), (velocity.to(x), torch.ones_like(t))

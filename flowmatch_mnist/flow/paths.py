@@ -45,7 +45,7 @@ class ProbabilityPath:
         raise NotImplementedError
 
     def time(self, log_snr: Tensor) -> Tensor:
-        """Return the t of a log-SNR, which may be infinite: the inverse of `log_snr`.
+        """Return the t at which the path has this log-SNR: the inverse of `log_snr`. The log-SNR may be infinite.
 
         If the path does not reach this log-SNR, t is 0 or 1.
         """
@@ -64,7 +64,7 @@ class ProbabilityPath:
         return match_dims(self.alpha(t), x1) * x1 + match_dims(self.sigma(t), x0) * x0
 
     def velocity(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-        """Return u_t = d x_t / dt of the pair: same shapes as `point`."""
+        """Return u_t = d x_t / dt of the pair: shapes and range as in `point`."""
         return match_dims(self.alpha_dot(t), x1) * x1 + match_dims(self.sigma_dot(t), x0) * x0
 
 

@@ -58,7 +58,7 @@ def pair(prediction: Prediction, path: ProbabilityPath, output: Tensor, x_t: Ten
 def score(path: ProbabilityPath, x0: Tensor, t: Tensor) -> Tensor:
     """Return the score, the gradient of log p_t at x_t: predicted noise x0 (B, ...), t (B,) or () -> (B, ...).
 
-    It is -E[x0 | x_t] / sigma (Tweedie's formula).
+    It is -E[x0 | x_t] / sigma (Tweedie's formula), with sigma > 0.
     """
     return -x0 / match_dims(path.sigma(t), x0)
 
@@ -86,13 +86,16 @@ class StraightVelocity:
         self.prediction = prediction
 
     def __call__(self, x: Tensor, t: Tensor, until: Tensor | None = None) -> Tensor:
-        """Return the velocity at x (B, ...) and t () of the straight path, or its mean from t to `until` (): (B, ...)."""
+        """Return the velocity at x (B, ...) and t () of the straight path: (B, ...).
+
+        With `until` (), return the mean velocity from t to `until`.
+        """
         if until is not None:
             return self.predict(x, t, until)
         if self.path is STRAIGHT and self.prediction == "velocity":
             return self.predict(x, t)
         log_snr = STRAIGHT.log_snr(t)
-        if self.prediction != "velocity":
+        if self.prediction != "velocity":  # a velocity determines the pair at every log-SNR
             log_snr = log_snr.clamp(-LOG_SNR_LIMIT, LOG_SNR_LIMIT)
         s = self.path.time(log_snr)
         x_s = x * torch.hypot(self.path.alpha(s), self.path.sigma(s)) / torch.hypot(STRAIGHT.alpha(t), STRAIGHT.sigma(t))

@@ -35,7 +35,7 @@ def euler(v: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
 
 
 def midpoint(v: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    """Follow the velocity at the middle of the step, which half an Euler step reaches. Order 2, two evaluations."""
+    """Follow the velocity at the middle of the step. Half an Euler step leads there. Order 2, two evaluations."""
     t_middle = (t + t_next) / 2
     return x + (t_next - t) * v(euler(v, x, t, t_middle), t_middle)
 
@@ -74,9 +74,11 @@ ONE_STEP: dict[str, Step] = {"euler": euler, "midpoint": midpoint, "heun": heun,
 def dpmpp_2m(v: Velocity, x: Tensor, times: Sequence[Tensor]) -> Iterator[Tensor]:
     """Yield the states of DPM-Solver++(2M), which extrapolates the data prediction. Order 2, one evaluation.
 
-    It extrapolates along the log-SNR, from the predictions of this step and the step before. A constant prediction x1 would
-    give x_next = r x + (alpha_next - alpha r) x1 exactly, with r = sigma_next / sigma. At the ends, the log-SNR is infinite. So
-    the first two steps from noise and the last step to the data use the prediction without extrapolation.
+    It extrapolates along the log-SNR, from the predictions of this step and the step before. For a constant prediction x1, the
+    step x_next = r x + (alpha_next - alpha r) x1 is exact, with r = sigma_next / sigma. At the ends, the log-SNR is infinite.
+    So the first two steps from noise and the last step to the data use the prediction without extrapolation.
+
+    x, of any shape, is the state at the first time. The times () rise. One state follows for each later time.
     """
     before: Tensor | None = None
     h_before = torch.tensor(torch.inf)
@@ -96,7 +98,8 @@ def churned(step: Step, churn: float, fresh_noise: FreshNoise) -> Step:
     """Return a step of the reverse SDE: an ODE step goes too far towards the data, and new noise brings the state back.
 
     The solver goes from log-SNR l to l_next + churn (l_next - l), and noise brings the state back to l_next. For small steps
-    this is dx = (v + churn sigma^2 l'/2 score) dt + sqrt(churn sigma^2 l') dW. It has the marginals of the ODE for every churn.
+    this is dx = (v + churn sigma^2 l'/2 score) dt + sqrt(churn sigma^2 l') dW, with l' = dl/dt. It has the marginals of the ODE
+    for every churn of at least 0.
     Churn 0 is the ODE. Churn 1 with Euler's step is DDPM's ancestral sampling, step by step: a step of DDPM to l + d equals a
     step of DDIM to l + 2d, followed by noise back to l + d.
     """
@@ -106,10 +109,10 @@ def churned(step: Step, churn: float, fresh_noise: FreshNoise) -> Step:
     def stochastic(v: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
         log_snr_next = STRAIGHT.log_snr(t_next)
         excess = churn * (log_snr_next - STRAIGHT.log_snr(t))
-        beyond = STRAIGHT.time(log_snr_next + excess)
-        x = step(v, x, t, beyond)
-        kept = STRAIGHT.alpha(t_next) / STRAIGHT.alpha(beyond)
-        return kept * x + STRAIGHT.sigma(t_next) * torch.sqrt(-torch.expm1(-excess)) * fresh_noise()
+        t_beyond = STRAIGHT.time(log_snr_next + excess)
+        x = step(v, x, t, t_beyond)
+        alpha_ratio = STRAIGHT.alpha(t_next) / STRAIGHT.alpha(t_beyond)
+        return alpha_ratio * x + STRAIGHT.sigma(t_next) * torch.sqrt(-torch.expm1(-excess)) * fresh_noise()
 
     return stochastic
 
@@ -164,8 +167,8 @@ def trajectory(
     Args:
         v: the velocity field on the straight path.
         x: the state at the first time, of any shape.
-        times: (steps + 1,), for example from `time_grid`. Falling times integrate from data to noise, without churn. `dopri5`
-            chooses its own steps and reports the states at these times.
+        times: (steps + 1,), for example from `time_grid`. Falling times integrate from data to noise; `dpmpp_2m`, `average` and
+            churn need rising times. `dopri5` chooses its own steps and reports the states at these times.
         solver: one of `SOLVERS`.
         churn: how much of the noise is renewed during sampling. 0 is the ODE, and 1 is DDPM's ancestral sampling. Only the
             solvers in `ONE_STEP` support it.
@@ -185,7 +188,8 @@ def trajectory(
         # Imported here because it imports SciPy, and sampling should start fast.
         from torchdiffeq import odeint
 
-        # `step_t` stops dopri5 at the last time. Otherwise it would step past it, where v is not defined, and interpolate.
+        # `step_t` stops dopri5 at the last time. Otherwise dopri5 would step past this time, where v is not defined, and then
+        # interpolate.
         reported = torch.stack(moments).to(x.device)
         options = {"step_t": reported[-1:], "dtype": widest_float(x.device)}
         settings = {"rtol": tolerance, "atol": tolerance, "options": options}

@@ -15,7 +15,7 @@ class TimeDensity:
     """A density of t on (0, 1).
 
     Attributes:
-        support: the first and the last t of validation, which covers this interval evenly.
+        support: an interval of t, (first, last). Validation covers it evenly.
     """
 
     support = (0.0, 1.0)
@@ -25,7 +25,11 @@ class TimeDensity:
         raise NotImplementedError
 
     def density(self, t: Tensor) -> Tensor:
-        """Return the density at t in (0, 1), same shape: one over the slope of the quantile function where its value is t."""
+        """Return the density at t in (0, 1), same shape: one over the slope of the quantile function where its value is t.
+
+        Raises:
+            ValueError: if all draws are the same t, as in `Start`; then there is no density.
+        """
         u = self._cumulative(t.detach()).requires_grad_()
         with torch.enable_grad():
             (slope,) = torch.autograd.grad(self.quantile(u).sum(), u)
@@ -41,7 +45,7 @@ class TimeDensity:
         return (low + high) / 2
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw `count` times, float32 (count,) on the generator's device.
+        """Draw `count` times in [1e-6, 1 - 1e-6], float32 (count,) on the generator's device.
 
         The draws of one batch are stratified: each draw follows the density, and together they cover it evenly. This lowers the
         variance of the loss (Kingma et al. 2021, "Variational Diffusion Models", appendix I.1). Apple's GPUs cannot compute the
@@ -65,8 +69,8 @@ class Uniform(TimeDensity):
 class Start(TimeDensity):
     """Only the time t = 0, where x_t is noise: for training one Euler step from noise to data.
 
-    Each pair must be the two ends of one trajectory, see `data/reflow.py`. This class has no density, so the loss cannot be
-    weighted.
+    Each pair must be the two ends of one trajectory, see `data/reflow.py`. Validation uses t = 0, and `sample` draws t = 1e-6.
+    This class has no density, so the loss cannot be weighted.
     """
 
     support = (0.0, 0.0)
@@ -82,6 +86,9 @@ class LogitNormal(TimeDensity):
     """logit(t) ~ Normal(location, scale^2): most times are in the middle, where the velocity is hardest to predict.
 
     Source: Esser et al. 2024 (Stable Diffusion 3), section 3.1. A higher location moves the times towards the data.
+
+    Raises:
+        ValueError: if `scale` is not positive.
     """
 
     def __init__(self, location: float = 0.0, scale: float = 1.0) -> None:
@@ -102,6 +109,9 @@ class Mode(TimeDensity):
     """More times in the middle if scale > 0, more at the ends if scale < 0. The density is positive; scale 0 is uniform.
 
     Source: Esser et al. 2024 (Stable Diffusion 3), section 3.1, equation 20. Their time runs in the other direction.
+
+    Raises:
+        ValueError: if `scale` is not in [-1, 2 / (pi - 2)], which is about [-1, 1.752].
     """
 
     def __init__(self, scale: float = 1.29) -> None:

@@ -1,11 +1,11 @@
-"""Weightings: the effective weight of a training's loss at each signal-to-noise ratio.
+"""Weightings: the effective weight of a training objective at each signal-to-noise ratio.
 
 Let l = log(alpha^2 / sigma^2). For every path, prediction target and density of t, the squared loss is
 
     integral of w(l) E |x0_predicted - x0|^2 dl.
 
-Two trainings with the same w have the same optimum. They differ only in the noise of their gradients. So w(l) distinguishes
-trainings. The page `docs/diffusion.md` plots it.
+Two objectives with the same w have the same optimum. They differ only in the noise of their gradients. So w(l) distinguishes
+objectives. The page `docs/diffusion.md` plots it.
 
 Sources: Kingma and Gao 2023, "Understanding Diffusion Objectives as the ELBO with Simple Data Augmentation", section 3 and
 table 1; Gao et al. 2024, "Diffusion Meets Flow Matching", section on training.
@@ -26,11 +26,14 @@ WeightingName = Literal["flow_matching", "sd3", "edm", "ddpm"]
 
 
 def effective_weight(prediction: Prediction, path: ProbabilityPath, density: TimeDensity, t: Tensor) -> Tensor:
-    """Return w of the plain squared error of `prediction` under `density`, at the log-SNR of `path` at t: t (B,) -> (B,).
+    """Return w(l) for the squared error of `prediction`, if training draws its times from `density`: t (B,) -> (B,).
 
-    It is the density of the log-SNR, p(t) / (dl / dt), times a cost: the squared error of the prediction for an error of 1 in
-    the noise. At x_t, an error e in the noise is an error -sigma / alpha e in the data, and an error -sigma / 2 dl/dt e in the
-    velocity.
+    Here l is the log-SNR of `path` at t in (0, 1). w is the density of l, p(t) / (dl / dt), times a cost: the squared error of
+    the prediction for an error of 1 in the noise. At x_t, an error e in the noise is an error -sigma / alpha e in the data, and
+    an error -sigma / 2 dl/dt e in the velocity.
+
+    Raises:
+        ValueError: if `density` is only one time, as `Start`.
     """
     slope = path.log_snr_dot(t)
     cost = {
@@ -41,25 +44,25 @@ def effective_weight(prediction: Prediction, path: ProbabilityPath, density: Tim
     return density.density(t) / slope * cost
 
 
-def _of(prediction: Prediction, path: ProbabilityPath, density: TimeDensity) -> Callable[[Tensor], Tensor]:
+def _weight_of(prediction: Prediction, path: ProbabilityPath, density: TimeDensity) -> Callable[[Tensor], Tensor]:
     return lambda log_snr: effective_weight(prediction, path, density, path.time(log_snr))
 
 
 def _edm(log_snr: Tensor) -> Tensor:
     """Return w of Karras et al. 2022, "Elucidating the Design Space", table 1.
 
-    There, log sigma ~ N(-1.2, 1.2^2), and the data have standard deviation 0.5.
+    There, log sigma ~ N(-1.2, 1.2^2) with l = -2 log sigma, and the data have standard deviation 0.5.
     """
     density = torch.exp(-(((log_snr - 2.4) / 2.4) ** 2) / 2) / (2.4 * math.sqrt(2 * math.pi))
     return density * (torch.exp(-log_snr) + 0.5**2) / 0.5**2
 
 
 WEIGHTINGS: dict[WeightingName, Callable[[Tensor], Tensor]] = {
-    # Proportional to exp(-l / 2). The velocity's error along the cosine path has the same weight.
-    "flow_matching": _of("velocity", PATHS["linear"], Uniform()),
-    "sd3": _of("velocity", PATHS["linear"], LogitNormal()),
+    # exp(-l / 2) / 2. The weight of the velocity's error along the cosine path differs only by a constant factor.
+    "flow_matching": _weight_of("velocity", PATHS["linear"], Uniform()),
+    "sd3": _weight_of("velocity", PATHS["linear"], LogitNormal()),
     "edm": _edm,
-    "ddpm": _of("noise", PATHS["vp"], Uniform()),
+    "ddpm": _weight_of("noise", PATHS["vp"], Uniform()),
 }
 """The functions w by name: log-SNR (B,) -> (B,). `ddpm` is L_simple of Ho et al. 2020, equation 14."""
 
@@ -67,9 +70,12 @@ WEIGHTINGS: dict[WeightingName, Callable[[Tensor], Tensor]] = {
 def loss_weight(
     weighting: WeightingName, prediction: Prediction, path: ProbabilityPath, density: TimeDensity, t: Tensor
 ) -> Tensor:
-    """Return the factor that gives the squared error of `prediction` the effective weight of the training `weighting`.
+    """Return the factor that gives the squared error of `prediction` the effective weight of the objective `weighting`.
 
     t (B,) in (0, 1) -> (B,). If t is drawn from `density`, this is importance sampling: for every density, the loss has the
-    mean of the named training.
+    mean of the named objective.
+
+    Raises:
+        ValueError: if `density` is only one time, as `Start`.
     """
     return WEIGHTINGS[weighting](path.log_snr(t)) / effective_weight(prediction, path, density, t)

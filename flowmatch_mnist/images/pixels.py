@@ -1,7 +1,7 @@
 """Grey levels as real numbers with a density: dequantisation, on a linear or a logit scale.
 
-A pixel has only 256 grey levels, and a density on 256 points could be infinite there. So a level v in 0..255 stands for the
-cell [v, v + 1), and gets noise u, uniform in [0, 1). The mean over u of the log-density of v + u is a lower bound of the
+A pixel has only 256 grey levels, and a density could become infinite at these 256 points. So a level v in 0..255 stands for
+the cell [v, v + 1), and gets noise u, uniform in [0, 1). The mean over u of the log-density of v + u is a lower bound of the
 level's own log-probability (Theis, van den Oord and Bethge 2016, "A Note on the Evaluation of Generative Models", section
 3.1). So bits per dimension can be compared between the two scales.
 
@@ -23,7 +23,7 @@ from flowmatch_mnist.support import streams
 PixelsName = Literal["linear", "logit"]
 
 ROUNDING = 1e-4
-"""A tolerance for float32's rounding errors, in grey levels. At u = 0, the border of two cells, they would decide the level."""
+"""A tolerance for float32's rounding errors, in grey levels. At u = 0, a cell's border, they would decide the level."""
 
 
 class Pixels:
@@ -80,7 +80,7 @@ class LinearPixels(Pixels):
 class LogitPixels(Pixels):
     """x1 = logit(p) / scale, with p = alpha + (1 - 2 alpha) (v + u) / 256.
 
-    Four of five pixels are black. On the linear scale, black fills 1/256 of the width, and a network cannot be so steep. On
+    Four of five pixels are black. On the linear scale, black fills 1/256 of the width, and no network is that steep. On
     this scale, the logit of black is -log 256 + log u, with mean -6.5 and standard deviation 1. White has the mirror image,
     with mean 6.5. So a scale of 6.5 puts black and white at -1 and 1, each with a standard deviation of 0.15. MNIST's root mean
     square is then 0.94; it is 0.96 on the linear scale.
@@ -140,10 +140,11 @@ def dequantize(
 
 
 def bits_per_dimension(log_p: Tensor, log_slope: Tensor, dimensions: int) -> Tensor:
-    """Return the bits that a pixel's grey level takes: an upper bound, because the dequantisation noise has no information.
+    """Return bits per dimension: an upper bound of the bits that a pixel's grey level takes.
 
-    The density of the grey levels is p(x1) times the derivative of x1 by the level. On the linear scale, the derivative adds
-    log2 127.5 bits.
+    It is an upper bound, because the mean log-density is a lower bound of the level's log-probability: see the module. The
+    density of the grey levels is p(x1) times the derivative of x1 with respect to the level. On the linear scale, the
+    derivative adds log2 127.5 bits.
 
     Args:
         log_p: log p(x1) in nats, (N,).

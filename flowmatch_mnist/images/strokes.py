@@ -23,7 +23,7 @@ FAINTEST = 24
 SLIGHT = 4
 """Differences of at most this many grey levels are ignored, such as JPEG artefacts around a stroke."""
 
-LARGEST = 1000
+MAX_SIDE = 1000
 """The longest side of a picture, in pixels. Larger pictures are first reduced to this size."""
 
 Greys = NDArray[np.float64]
@@ -37,14 +37,14 @@ def prepare(picture: Image.Image) -> tuple[Tensor, str]:
         ValueError: if the picture has no stroke that differs clearly from its background.
     """
     picture = ImageOps.exif_transpose(picture)
-    picture.thumbnail((LARGEST, LARGEST))
+    picture.thumbnail((MAX_SIDE, MAX_SIDE))
     done = []
     if has_alpha(picture):
         done.append("placed on white")
-        greys = on(picture, "white")
+        greys = on_background(picture, "white")
         if np.ptp(greys) < FAINTEST:  # a white stroke cannot be seen on white
             done[0] = "placed on black"
-            greys = on(picture, "black")
+            greys = on_background(picture, "black")
     elif picture.mode in ("F", "I") or picture.mode.startswith("I;"):  # more than 256 levels
         greys = np.asarray(picture, dtype=np.float64)
         greys = 255 * (greys - greys.min()) / max(np.ptp(greys), 1e-9)
@@ -74,7 +74,7 @@ def has_alpha(picture: Image.Image) -> bool:
     return picture.has_transparency_data and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255
 
 
-def on(picture: Image.Image, colour: str) -> Greys:
+def on_background(picture: Image.Image, colour: str) -> Greys:
     """Return the grey levels of a picture placed on a background of this colour."""
     picture = picture.convert("RGBA")
     return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, colour), picture).convert("L"), dtype=np.float64)
@@ -115,6 +115,7 @@ def fit_box(ink: Greys) -> tuple[Greys, bool]:
         picture = resized(picture, 10 * BOX)
     inside = np.pad(np.asarray(picture) > 127, 1)
     edge = inside & ~ndimage.binary_erosion(inside)
+    # A long stroke has two sides, so its width is about twice its area divided by the length of its edge.
     missing = WIDTH * max(picture.size) / BOX - 2 * inside.sum() / max(edge.sum(), 1)
     half = round(missing / 2)
     if half > 0:

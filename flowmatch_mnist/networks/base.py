@@ -15,8 +15,9 @@ It is low because mean velocities are learned from their derivative, and the fre
 class TimeEmbedding(nn.Module):
     """Sines and cosines of t, then a two-layer perceptron: t (B,) in [0, 1] -> (B, dim).
 
-    The angular frequencies are a geometric sequence from 1 to `max_frequency` radians per unit of t. Source: Vaswani et al.
-    2017, section 3.5, with t instead of the position.
+    `features` is the number of sines and cosines together. Their angular frequencies are a geometric sequence from 1 to
+    `max_frequency` radians per unit of t. Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.5, with t instead
+    of the position.
     """
 
     frequencies: Tensor
@@ -80,8 +81,8 @@ class Network(nn.Module):
         return F.silu(h)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, until: Tensor | None = None) -> Tensor:
-        """Return the prediction at x and t, given y.
+        """Return the prediction at x and t, given y: x (B, *shape), t, y (B,) -> (B, *shape).
 
-        With `until`, return the mean velocity from t to `until` along the trajectory through x.
+        With `until` (B,), return the mean velocity from t to `until` along the trajectory through x.
         """
         raise NotImplementedError

@@ -32,7 +32,7 @@ class MLP(Network):
         self.last = nn.Linear(width, dim)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, until: Tensor | None = None) -> Tensor:
-        """Return the prediction at x (B, dim), t (B,) in [0, 1], y (B,) in 0..classes: (B, dim)."""
+        """Return the prediction at x (B, dim), t (B,) in [0, 1], y (B,) in 0..classes, until (B,) in [t, 1]: (B, dim)."""
         embedding = self.embed(t, y, until)
         h = self.first(x)
         for layer, modulation in zip(self.hidden, self.modulation, strict=True):

@@ -8,8 +8,9 @@ A convolution at 28x28 costs sixteen times as much as the same convolution at 7x
 blocks, and the later stages are wider. A skip connection adds the encoder's output to the decoder's input. Concatenation
 would double the operations of the decoder's first convolution. benchmarks/README.md has the measurements for both choices.
 
-Sources: Ronneberger et al. 2015 (UNet); Ho et al. 2020, appendix B (time embedding, attention at the coarsest scale);
-Dhariwal and Nichol 2021, section 3 (adaptive group normalisation); Goyal et al. 2017 (zero-initialised last layers).
+Sources: Ronneberger et al. 2015, "U-Net"; Ho et al. 2020, "DDPM", appendix B (time embedding, attention at the coarsest scale);
+Dhariwal and Nichol 2021, "Diffusion Models Beat GANs", section 3 (adaptive group normalisation); Goyal et al. 2017, "Accurate,
+Large Minibatch SGD" (zero-initialised last layers).
 """
 
 import math
@@ -58,7 +59,13 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention between all positions of the image, with a residual connection: (B, C, H, W) -> (B, C, H, W)."""
+    """Multi-head attention between all positions of the image, with a residual connection: (B, C, H, W) -> (B, C, H, W).
+
+    The number of heads is `channels` / `head_dim`, rounded down, but at least 1.
+
+    Raises:
+        ValueError: if the number of heads does not divide `channels`.
+    """
 
     def __init__(self, channels: int, groups: int = 8, head_dim: int = 32) -> None:
         super().__init__()
@@ -73,13 +80,17 @@ class SelfAttention(nn.Module):
         batch, channels, height, width = x.shape
         qkv = self.qkv(self.norm(x)).view(batch, 3, self.heads, channels // self.heads, height * width)
         q, k, v = qkv.unbind(1)
-        share = F.softmax(q.mT @ k * q.shape[-2] ** -0.5, dim=-1)
-        h = v @ share.mT
+        # Written out, because the backward pass of PyTorch's fused attention is slow on CPUs in bf16.
+        attention_weights = F.softmax(q.mT @ k * q.shape[-2] ** -0.5, dim=-1)
+        h = v @ attention_weights.mT
         return x + self.out(h.reshape(batch, channels, height, width))
 
 
 class Stage(nn.Module):
-    """Residual blocks at one resolution. With `attention`, self-attention follows each block."""
+    """Residual blocks at one resolution. With `attention`, self-attention follows each block.
+
+    `block` are other arguments of `ResidualBlock`. Shapes: x (B, channels, H, W), embedding (B, embedding_dim) -> x's shape.
+    """
 
     def __init__(self, channels: int, blocks: int, attention: bool, groups: int, **block: Any) -> None:
         super().__init__()
@@ -171,7 +182,10 @@ class UNet(Network):
         )
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, until: Tensor | None = None) -> Tensor:
-        """Return the field at x (B, image_channels, H, W), t (B,) in [0, 1], y (B,) in 0..classes: same shape as x."""
+        """Return the field at x (B, image_channels, H, W), t (B,) in [0, 1], y (B,) in 0..classes, until (B,) in [t, 1].
+
+        It has the shape of x.
+        """
         embedding = self.embed(t, y, until)
         h = self.stem(x)
         skips = []

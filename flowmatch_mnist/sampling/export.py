@@ -40,10 +40,12 @@ def export(flow: Flow, sampler: Sampler, path: Path) -> None:
     if path.suffix not in (".pt2", ".onnx"):
         raise UserError(f"cannot export to {path}: its name must end in .pt2 or .onnx")
     if sampler.solver == "dopri5" or sampler.churn:
-        raise UserError("cannot export steps that are chosen or drawn during sampling; use another --solver, and --churn 0")
+        raise UserError(
+            "cannot export dopri5 (it chooses its steps) or churn (it draws noise); use another --solver, and --churn 0"
+        )
     example = (torch.randn(2, *flow.net.shape), torch.tensor([3, 7]))
     many = torch.export.Dim("n", min=1)
-    # Make the weights contiguous: the file would demand any other layout from the program that loads it.
+    # Make the weights contiguous. Otherwise the file would demand their memory layout from the program that loads it.
     flow.net.to(memory_format=torch.contiguous_format)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

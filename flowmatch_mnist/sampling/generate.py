@@ -87,7 +87,7 @@ class Flow:
     def check(self, sampler: Sampler) -> None:
         """Raise ValueError if the sampler needs mean velocities, and the network does not predict them."""
         if sampler.solver == "average" and not self.net.spans:
-            raise ValueError("the solver average needs a network of mean velocities (configs/meanflow.yaml); use another")
+            raise ValueError("solver average needs a network of mean velocities (configs/meanflow.yaml); use another solver")
 
     def times(self, sampler: Sampler) -> list[float]:
         """Return the times of the sampler's steps on the straight path, from 0 to 1."""
@@ -145,7 +145,7 @@ class Flow:
 
 
 def draw_noise(count: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Return standard normal noise (count, *shape). It is drawn one sample at a time, so batches do not change the stream."""
+    """Return standard normal noise (count, *shape). It is drawn sample by sample, so the batch size does not change it."""
     return torch.stack([torch.randn(shape, generator=generator) for _ in range(count)])
 
 
@@ -214,7 +214,11 @@ def generate(
         decode: converts states (B, *shape) to the values that are kept; by default, to data in the flow's units.
         on_batch: called after each batch with the number of its samples.
 
+    Returns:
+        The samples, on the CPU.
+
     Raises:
+        ValueError: if the network does not support the sampler.
         FloatingPointError: if a state is not finite.
     """
     net = flow.net
@@ -243,12 +247,12 @@ def generate(
     return Samples(drawn[-1], labels, evaluations, drawn if keep_states else None)
 
 
-INVERTER = Sampler(steps=32, solver="rk4")
+INVERSION_SAMPLER = Sampler(steps=32, solver="rk4")
 """The default sampler of `invert`. From digit to noise and back, its error is much too small to see."""
 
 
 @torch.inference_mode()
-def invert(flow: Flow, x1: Tensor, labels: Tensor, sampler: Sampler = INVERTER) -> Tensor:
+def invert(flow: Flow, x1: Tensor, labels: Tensor, sampler: Sampler = INVERSION_SAMPLER) -> Tensor:
     """Return the noise that the flow carries to the given data, by integrating backwards from t=1 to t=0.
 
     Args:
@@ -259,6 +263,10 @@ def invert(flow: Flow, x1: Tensor, labels: Tensor, sampler: Sampler = INVERTER) 
 
     Returns:
         The noise (N, *shape), on the CPU.
+
+    Raises:
+        ValueError: if the sampler has churn, or a solver that needs rising times.
+        FloatingPointError: if a state is not finite.
     """
     device = next(flow.net.parameters()).device
     *_, x0 = flow.states(flow.guided(labels.to(device), sampler), x1.to(device), sampler, backwards=True)

@@ -26,12 +26,22 @@ FRAMES = 61
 """The largest number of states in an animation."""
 
 
-def digit_of(file: str, number: int, data_dir: Path) -> tuple[Tensor, int]:
-    """Return a picture in MNIST's format, uint8 (28, 28), and its label. Print the changes to a user's own picture."""
+def digit_of(file: str, label_or_index: int, data_dir: Path) -> tuple[Tensor, int]:
+    """Return a picture in MNIST's format, uint8 (28, 28), and its label. Print the changes to a user's own picture.
+
+    Args:
+        file: a picture, or "test" for MNIST's test set.
+        label_or_index: the label of the picture, or the index of the digit in the test set.
+        data_dir: the folder of MNIST.
+
+    Raises:
+        UserError: if the file is damaged or shows no digit, or MNIST cannot be fetched.
+        OSError: if the file cannot be opened.
+    """
     if file == "test":
         mnist.prepare(data_dir)
         images, labels = mnist.load(data_dir, "test")
-        return images[number], int(labels[number])
+        return images[label_or_index], int(labels[label_or_index])
     try:
         with Image.open(file) as picture:
             picture.load()
@@ -44,11 +54,11 @@ def digit_of(file: str, number: int, data_dir: Path) -> tuple[Tensor, int]:
     except ValueError as error:
         raise UserError(f"{file} shows no digit: {error}; use a picture of one digit on a plain background") from error
     print(f"{file}: {done}")
-    return digit, number
+    return digit, label_or_index
 
 
 def noises(options: argparse.Namespace, given: list[tuple[Tensor, int]], columns: int, rows: int, flow: Flow) -> Tensor | None:
-    """Return the noise (N, 1, 28, 28) to use instead of the seed's noise, row after row of the grid, or None for the seed's.
+    """Return the noise to start from, (N, 1, 28, 28), row after row of the grid, or None if `generate` should draw it.
 
     Args:
         options: the options of the command line.
@@ -66,10 +76,10 @@ def noises(options: argparse.Namespace, given: list[tuple[Tensor, int]], columns
     return torch.cat([interpolate(first, last, options.interpolate) for first, last in ends])
 
 
-def between(images: Tensor, columns: int, given: list[tuple[Tensor, int]]) -> Tensor:
-    """Return a grid of images (N, 28, 28), for people.
+def grid_with_given(images: Tensor, columns: int, given: list[tuple[Tensor, int]]) -> Tensor:
+    """Arrange images (N, 28, 28), and the given digits, in a grid: uint8 (height, width).
 
-    A row begins with the first given digit and ends with the second, if they are given. Its noise comes from these digits.
+    Each row begins with the first given digit, and ends with the second, if there are any. Its noise comes from these digits.
     """
     rows = images.unflatten(0, (-1, columns))
     ends = [digit.expand(len(rows), 1, *digit.shape) for digit, _ in given]
@@ -105,13 +115,13 @@ def draw_and_write(options: argparse.Namespace, started: float) -> None:
 
     match options.out.suffix.lower():
         case ".png":
-            save_png(between(digits.values, columns, given), options.out)
+            save_png(grid_with_given(digits.values, columns, given), options.out)
         case ".npz":
             save_npz(options.out, images=digits.values, labels=digits.labels)
         case ".gif":
             assert digits.states is not None
             shown = torch.linspace(0, len(digits.states) - 1, min(len(digits.states), FRAMES)).round().long()
-            save_gif(torch.stack([between(frame, columns, given) for frame in digits.states[shown]]), options.out)
+            save_gif(torch.stack([grid_with_given(frame, columns, given) for frame in digits.states[shown]]), options.out)
     how = f"{sampler.description()}, {digits.evaluations} evaluations each, seed {options.seed}"
     print(f"drew {len(y)} digit{'s' * (len(y) > 1)} with {model} ({how})")
     print(f"wrote {options.out} after {time.perf_counter() - started:.1f} s")

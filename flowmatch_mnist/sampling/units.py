@@ -14,7 +14,7 @@ UnitsName = Literal["linear", "logit", "plane"]
 
 
 class Units(Protocol):
-    """The two directions between data and the network's numbers.
+    """Converts data to the network's numbers, and these numbers back to data.
 
     Attributes:
         name: the units' name in configs and files.
@@ -32,7 +32,10 @@ class Units(Protocol):
 
 @dataclass(frozen=True)
 class Plane:
-    """Points in the plane (B, 2). The network sees the points divided by `scale`, so its noise is standard normal."""
+    """Points in the plane (B, 2). The network sees the points divided by `scale`.
+
+    So its standard normal noise has the standard deviation `scale` in the plane.
+    """
 
     name: UnitsName = "plane"
     scale: float = 2.0

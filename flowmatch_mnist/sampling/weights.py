@@ -22,11 +22,11 @@ from flowmatch_mnist.sampling.units import UNITS
 from flowmatch_mnist.support.choices import PRETRAINED
 from flowmatch_mnist.support.commands import as_typed
 from flowmatch_mnist.support.errors import UserError, one_line
-from flowmatch_mnist.support.files import damage, load_checkpoint, load_weights, save_weights
+from flowmatch_mnist.support.files import find_damage, load_checkpoint, load_weights, save_weights
 
 log = logging.getLogger(__name__)
 
-KEY = "flowmatch_mnist"
+DESCRIPTION_KEY = "flowmatch_mnist"
 """The key of the network's description in a file."""
 
 MAY_DIFFER = ("spans", "dropout")
@@ -48,7 +48,7 @@ def newest_checkpoint(runs: Path = Path("runs"), name: str | None = None, file: 
     found = [path for path in runs.glob(f"{pattern}/*/checkpoints/{file}") if path.is_file()]
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
         for candidate in dict.fromkeys([path, path.with_name("best.ckpt")]):
-            if not (wrong := damage(candidate)):
+            if not (wrong := find_damage(candidate)):
                 return candidate
             log.warning("skipping %s: %s", candidate, wrong)
     raise UserError(
@@ -74,9 +74,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}; check the path, or train a model with `{as_typed('train')}`")
     checkpoint = load_checkpoint(path)
-    if not isinstance(checkpoint.get(KEY), dict) or not isinstance(checkpoint.get("state_dict"), dict):
+    if not isinstance(checkpoint.get(DESCRIPTION_KEY), dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(f"cannot read {path}: it is no checkpoint of this project; use one that train.py wrote")
-    return checkpoint | {KEY: with_units(checkpoint[KEY])}
+    return checkpoint | {DESCRIPTION_KEY: with_units(checkpoint[DESCRIPTION_KEY])}
 
 
 def with_units(description: dict[str, Any]) -> dict[str, Any]:
@@ -94,10 +94,10 @@ def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if path.suffix != ".safetensors":
         checkpoint = read_checkpoint(path)
         weights = {key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items()}
-        return checkpoint[KEY], weights
+        return checkpoint[DESCRIPTION_KEY], weights
     weights, metadata = load_weights(path)
     try:
-        description = json.loads(metadata[KEY])
+        description = json.loads(metadata[DESCRIPTION_KEY])
     except (KeyError, ValueError):
         description = None
     if not isinstance(description, dict):
@@ -144,7 +144,9 @@ def load_teacher(weights: str, student: Network, device: torch.device) -> Networ
     """
     flow, _ = load(weights_path(weights), device)
     if (flow.path, flow.prediction) != ("linear", "velocity"):
-        raise UserError(f"the teacher {weights} predicts {flow.prediction} on the {flow.path} path; use another")
+        raise UserError(
+            f"the teacher {weights} predicts {flow.prediction} on the {flow.path} path; use one for velocity on the linear path"
+        )
     if (flow.net.shape, flow.net.no_label) != (student.shape, student.no_label):
         theirs, ours = (f"{net.no_label} classes of shape {tuple(net.shape)}" for net in (flow.net, student))
         raise UserError(f"the teacher {weights} draws {theirs}, but the student draws {ours}; use another teacher")
@@ -153,7 +155,7 @@ def load_teacher(weights: str, student: Network, device: torch.device) -> Networ
 
 def save(path: Path, flow: Flow, sampler: Sampler, metadata: Mapping[str, str]) -> None:
     """Write a network's weights, its description with its sampler, and other metadata, as a safetensors file for `load`."""
-    save_weights(path, flow.net.state_dict(), {**metadata, KEY: json.dumps(flow.describe(sampler))})
+    save_weights(path, flow.net.state_dict(), {**metadata, DESCRIPTION_KEY: json.dumps(flow.describe(sampler))})
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> tuple[Flow, Sampler]:
@@ -210,11 +212,12 @@ def draw(
 
     Returns:
         The samples, with `values` and `labels`. For digits, `values` are images uint8 (N, 28, 28), and a notebook shows them.
-        For points, `values` are places in the plane (N, 2).
+        For points, `values` are their coordinates (N, 2).
 
     Raises:
         UserError: as `load` does.
         ValueError: if there are no labels, a label does not exist, or the changed sampler is not valid.
+        FloatingPointError: if a state is not finite.
     """
     flow, sampler = load(weights_path(str(weights)), device)
     y = torch.tensor(list(labels), dtype=torch.int64)

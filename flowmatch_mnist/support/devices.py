@@ -1,4 +1,4 @@
-"""Differences between devices: the available device, its compiler, its widest float, its memory, and exact products."""
+"""Differences between devices: the available device, its compiler, its widest float type, its memory, and exact products."""
 
 import logging
 from collections.abc import Iterator

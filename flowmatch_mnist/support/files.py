@@ -45,7 +45,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _flush(number: int) -> None:
-    """Force a file's contents to the disk. Some file systems do not support this; they store files in their own way."""
+    """Force a file's contents to the disk. Some file systems do not support this; that is no error."""
     try:
         os.fsync(number)
     except OSError as error:
@@ -54,13 +54,21 @@ def _flush(number: int) -> None:
 
 
 def save_json(path: Path, contents: dict[str, Any]) -> None:
-    """Write plain values as JSON."""
+    """Write plain values as JSON.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(contents, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write tensors and plain values as a PyTorch archive, which holds a checksum of each of its parts."""
+    """Write tensors and plain values as a PyTorch archive, which holds a checksum of each of its parts.
+
+    Raises:
+        UserError: if the file cannot be written, or a value is neither a tensor nor plain.
+    """
     with replacing(path) as temporary, temporary.open("wb") as file:
         try:
             torch.save(checkpoint, file)
@@ -93,8 +101,8 @@ def _loads(saved: Any) -> bool:
     return True
 
 
-def damage(path: Path) -> str | None:
-    """Return the damage of the PyTorch archive at `path` that can be found without loading it, or None if it is whole.
+def find_damage(path: Path) -> str | None:
+    """Check the PyTorch archive at `path` without loading it. Return its damage in words, or None if none is found.
 
     PyTorch itself does not check the checksums: it would load a file with a flipped bit.
     """
@@ -116,7 +124,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: if the file is damaged, or is not such a file.
     """
-    if wrong := damage(path):
+    if wrong := find_damage(path):
         raise UserError(f"cannot read {path}: {wrong}; use another checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -128,7 +136,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write weights as safetensors, with their metadata, and a digest of both."""
+    """Write weights as safetensors, with their metadata, and a digest of both.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
     whole = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     with replacing(path) as temporary:
         # safetensors' own writer would let no other user read the file, and raises its own error for a full disk.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def seed(*key: int | str) -> int:
-    """Return a 63-bit hash of the key."""
+    """Return a hash of the key as a seed, from 0 to 2^63 - 1."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
 
 
@@ -28,12 +28,13 @@ Draw = Callable[[int, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
-class Place:
-    """The place of a training batch in a run.
+class BatchPosition:
+    """The position of a training batch in a run.
 
     Attributes:
         step: number of batches before this one.
-        rank, ranks: this process's share of the global batch: every ranks-th sample, starting with sample number `rank`.
+        rank, ranks: this process's number, from 0, and the number of processes. They select its share of the global batch:
+            every ranks-th sample, starting with sample number `rank`.
     """
 
     step: int

@@ -7,6 +7,7 @@ from pathlib import Path
 from flowmatch_mnist.sampling.weights import newest_checkpoint
 
 RUNS = Path("runs")
+"""The default folder of all runs."""
 NEWEST = ("last", "best")
 """Names for the checkpoints of the newest run."""
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -20,11 +21,11 @@ MOVED = {
     "toy": "data.curve",
     "reflow": "data.reflow",
 }
-"""The module paths of today, by the module names in configs from before version 0.1.0."""
+"""The current module paths, by the module names in configs from before version 0.1.0."""
 
 
-def today(text: str) -> str:
-    """Return a text in which today's class paths replace those from before version 0.1.0."""
+def with_current_class_paths(text: str) -> str:
+    """Return a text in which the current class paths replace those from before version 0.1.0."""
     return re.sub(r"\bflowmatch_mnist\.(\w+)(?=\.[A-Z])", lambda m: f"flowmatch_mnist.{MOVED.get(m[1], m[1])}", text)
 
 
@@ -37,7 +38,7 @@ def run_folder(checkpoint: Path) -> Path | None:
 def shipped_configs() -> Path:
     """Return the folder of this project's configs: in a clone, or where the wheel's data files are installed."""
     root = Path(__file__).resolve().parents[2]
-    for folder in (root / "configs", root / "share/flowmatch-mnist/configs"):  # the second is of `pip install --target`
+    for folder in (root / "configs", root / "share/flowmatch-mnist/configs"):  # second: `pip install --target`
         if (folder / "mnist.yaml").is_file():
             return folder
     installed = (Path(str(file.locate())) for file in metadata.files("flowmatch-mnist") or [])
@@ -58,8 +59,11 @@ def complete(arguments: list[str]) -> list[str]:
 
     Configs come first, so the other options overrule them. Without a config, the config of the checkpoint's run is used, or
     `configs/mnist.yaml` if there is no such run.
+
+    Raises:
+        UserError: if `--ckpt_path` is `last` or `best`, and there is no undamaged checkpoint.
     """
-    arguments = [today(argument) for argument in arguments]
+    arguments = [with_current_class_paths(argument) for argument in arguments]
     if arguments[:1] in (["-h"], ["--help"]):
         return arguments
     if not arguments or arguments[0] not in SUBCOMMANDS:
@@ -84,20 +88,25 @@ def complete(arguments: list[str]) -> list[str]:
         if folder is not None:
             config = folder / "config.yaml"
             if name is None and checkpoint in NEWEST:
-                others += ["--name", folder.parent.name]  # the folder may have a new name now
+                others += ["--name", folder.parent.name]  # the config has the old name if the folder was renamed
     return [arguments[0], "--config", str(config), *others]
 
 
 def option(arguments: list[str], name: str) -> str | None:
-    """Return the value of an option, given as `--name value` or `--name=value`, or None if the option is absent."""
+    """Return the last value of an option, given as `--name value` or `--name=value`, or None if the option is absent."""
+    value = None
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         if argument == name:
-            return following
+            value = following
         if argument.startswith(name + "="):
-            return argument.removeprefix(name + "=")
-    return None
+            value = argument.removeprefix(name + "=")
+    return value
 
 
 def find_checkpoint(wanted: str, name: str | None, root: Path) -> Path:
-    """Return a checkpoint's path. `last` and `best` mean the newest run below `root` (called `name`, if a name is given)."""
+    """Return a checkpoint's path. `last` and `best` mean the newest run below `root` (called `name`, if a name is given).
+
+    Raises:
+        UserError: if `wanted` is such a name, and there is no undamaged checkpoint.
+    """
     return newest_checkpoint(root, name, f"{wanted}.ckpt") if wanted in NEWEST else Path(wanted)

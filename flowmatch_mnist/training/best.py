@@ -22,6 +22,7 @@ class KeepBest(ModelCheckpoint):
         monitor: the number: "loss/val", or one that `Evaluate` logs, such as "quality/Frechet distance ratio".
         save_top_k: number of checkpoints to keep; -1 keeps all, 0 keeps none.
         mode: "min" if a lower number is better, "max" if a higher number is better.
+        enable_version_counter: whether a new file with the name of an old one gets a number instead of replacing it.
         settings: other arguments of Lightning's `ModelCheckpoint`.
 
     Raises:
@@ -85,14 +86,14 @@ class KeepBest(ModelCheckpoint):
     ) -> None:
         """Save if `Evaluate` measured the quality in this step."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._by_quality(trainer, pl_module)
+        self._save_by_quality(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save if the quality was just measured, or as Lightning does. An epoch that stopped in the middle has no scores."""
         if trainer.should_stop and not trainer.is_last_batch:
             return
         super().on_train_epoch_end(trainer, pl_module)
-        self._by_quality(trainer, pl_module)
+        self._save_by_quality(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save as Lightning does, but not by quality: at this point, the last score may belong to earlier weights."""
@@ -100,7 +101,7 @@ class KeepBest(ModelCheckpoint):
             super().on_validation_end(trainer, pl_module)
             self._copy(trainer)
 
-    def _by_quality(self, trainer: Trainer, module: LightningModule) -> None:
+    def _save_by_quality(self, trainer: Trainer, module: LightningModule) -> None:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         measured = any(isinstance(callback, Evaluate) and callback.done_at == trainer.global_step for callback in callbacks)
         if self.by_quality and measured:

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from flowmatch_mnist.data import curve, digits, reflow  # noqa: F401  configs and options name their data modules
 from flowmatch_mnist.data.pairs import PairsDataModule
-from flowmatch_mnist.sampling.weights import KEY, read_checkpoint
+from flowmatch_mnist.sampling.weights import DESCRIPTION_KEY, read_checkpoint
 from flowmatch_mnist.support.errors import UserError, exit_on_error, one_line
 from flowmatch_mnist.training.arguments import NEWEST, RUNS, complete, find_checkpoint, option, run_folder
 from flowmatch_mnist.training.best import KeepBest
@@ -26,7 +26,7 @@ from flowmatch_mnist.training.distributed import is_first
 from flowmatch_mnist.training.drawing import DrawSamples, WriteSamples
 from flowmatch_mnist.training.ema import EMA
 from flowmatch_mnist.training.evaluation import Evaluate
-from flowmatch_mnist.training.folder import RunFolder, check_name, claim, hold, unless_it_fails
+from flowmatch_mnist.training.folder import RunFolder, check_name, create_version, lock_folder, release_on_error
 from flowmatch_mnist.training.module import FlowMatching
 from flowmatch_mnist.training.options import PRECISIONS, as_list, check_options
 from flowmatch_mnist.training.parser import ConfigParser, accept_older_configs, explain
@@ -51,6 +51,12 @@ class CLI(LightningCLI):
     A run's files go to `runs/<name>/version_<n>/`; `--trainer.default_root_dir` replaces `runs`. `--ckpt_path last` (or `best`)
     means that checkpoint of the newest run with this name, and `fit` resumes in its folder. `fit` from the path of a checkpoint
     starts a new version.
+
+    Attributes:
+        folder: the run's folder; None if the run keeps nothing. Only the first process always knows it.
+        lock: the lock of this folder during `fit`.
+        stored_step: the step at which the given checkpoint was saved, or None.
+        resumes: whether the command works in the folder of an earlier run.
     """
 
     folder: Path | None = None
@@ -92,7 +98,7 @@ class CLI(LightningCLI):
             raise UserError(f"{self.subcommand} needs a trained model; give --ckpt_path (a file, or last, or best)")
         if path is not None:
             stored = read_checkpoint(path)
-            self.stored, self.stored_step = stored[KEY], stored.get("global_step")
+            self.stored, self.stored_step = stored[DESCRIPTION_KEY], stored.get("global_step")
             if self.subcommand != "fit":
                 self.folder = run_folder(path) or path.parent
             elif self.checkpoint in (None, *NEWEST):
@@ -113,9 +119,9 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self.config_init[self.subcommand].trainer
         if self.subcommand == "fit" and not settings.fast_dev_run and is_first():
-            self.folder = self.folder or claim(self.versions)
-            self.lock = hold(self.folder)
-        with unless_it_fails(self.folder, self.lock):
+            self.folder = self.folder or create_version(self.versions)
+            self.lock = lock_folder(self.folder)
+        with release_on_error(self.folder, self.lock):
             # By default, Lightning looks for SLURM's files in this folder, and other callbacks and plugins write there.
             kwargs["default_root_dir"] = self.folder or self.versions
             # Report is first, so its clock stops before the other callbacks use time.
@@ -144,7 +150,7 @@ class CLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         signal.signal(signal.SIGTERM, end_together(self.trainer))
-        with unless_it_fails(self.folder, self.lock):
+        with release_on_error(self.folder, self.lock):
             self.check()
         if self.subcommand == "fit" and self.trainer.is_global_zero:
             self.announce()
@@ -157,7 +163,7 @@ class CLI(LightningCLI):
                 f"set --trainer.precision to one of {', '.join(PRECISIONS)}"
             )
         checkpoint = self.config[self.subcommand].ckpt_path
-        self.model.adopt(self.datamodule)
+        self.model.check_data_and_set_units(self.datamodule)
         if checkpoint is not None:
             wanted = self.model.flow.describe(self.model.sampler)
             for key in ("network", "arguments", "path", "prediction", "units"):
@@ -202,7 +208,7 @@ class CLI(LightningCLI):
 
 
 def raised_by_lightning(error: BaseException) -> bool:
-    """Return whether an error comes from Lightning's own code, such as one of its checks, and not from code that it calls."""
+    """Return whether Lightning's own code raised an error, for example in a check, and not the code that Lightning calls."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
@@ -210,7 +216,7 @@ def raised_by_lightning(error: BaseException) -> bool:
 
 
 def main() -> None:
-    """Run the command line. Mistakes of the user end with one line and status 2."""
+    """Run the command line. After a mistake of the user, print one line and exit with status 2."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # profilers print their report only through it

@@ -16,11 +16,11 @@ from flowmatch_mnist.support.files import replacing
 from flowmatch_mnist.training.folder import folder_of
 from flowmatch_mnist.training.tensorboard import Value, log_run
 
-NOT_LEARNED = ("channels_last", "compile", "data_dir", "eval_batch_size", "num_workers", "predict_per_class")
-"""Settings that do not change the trained network."""
+OMITTED_SETTINGS = ("channels_last", "compile", "data_dir", "eval_batch_size", "num_workers", "predict_per_class")
+"""Settings that are left out of the hyperparameters, because they do not change the trained network."""
 
 
-MATTER = (
+LISTED_SETTINGS = (
     *("optimizer.lr", "max_steps", "max_epochs", "batch_size", "net.channels"),
     *("path", "exact_until", "label_dropout", "sampler.guidance", "seed_everything"),
 )
@@ -43,7 +43,7 @@ class LogConfig(SaveConfigCallback):
         config = self.parser.dump(self.config, skip_unset=False)
         texts = {"command": command(), "machine": machine(trainer), "config": config}
         headlines = trainer.datamodule.problem.headlines  # type: ignore[attr-defined]
-        log_run(trainer, texts, hyperparameters(vars(self.config.as_flat())), MATTER, headlines)
+        log_run(trainer, texts, hyperparameters(vars(self.config.as_flat())), LISTED_SETTINGS, headlines)
 
 
 def command() -> str:
@@ -72,6 +72,6 @@ def hyperparameters(config: dict[str, Any]) -> dict[str, Value]:
             name = ".".join(part for part in rest.split(".") if part not in ("init_args", "class_path")) or group
             name = f"ema.{name}" if group == "ema" else name  # because the learning rate has a decay too
             unlimited = name in ("max_epochs", "max_steps") and value == -1
-            if value is not None and name not in NOT_LEARNED and not unlimited:
+            if value is not None and name not in OMITTED_SETTINGS and not unlimited:
                 chosen[name] = value if isinstance(value, bool | int | float) else str(value).rsplit("flowmatch_mnist.", 1)[-1]
     return chosen

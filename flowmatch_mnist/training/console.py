@@ -18,7 +18,7 @@ from flowmatch_mnist.training.module import FlowMatching
 from flowmatch_mnist.training.steps import is_logged, last_step
 from flowmatch_mnist.training.tensorboard import log_scalars
 
-EARLY = 100
+STEPS_BEFORE_ESTIMATE = 100
 """Number of steps after which a run prints its remaining time."""
 
 
@@ -68,11 +68,11 @@ class Report(Callback):
     def __init__(self) -> None:
         self._begun = 0.0
         self._before = 0.0  # seconds that the run took before it was resumed
-        self._mark: float | None = None
-        self._samples = 0
-        self._rate = ""
+        self._clock_start: float | None = None  # the start of the rate's clock; None while it is stopped
+        self._samples = 0  # the samples since this start
+        self._rate = ""  # for the line of a validation
         self._first: tuple[int, float] | None = None  # the first step of this process: its number, and the time of its end
-        self._foretold = False
+        self._remaining_time_printed = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return the seconds that the run has taken so far."""
@@ -92,33 +92,33 @@ class Report(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock of the rate if it is stopped."""
-        if self._mark is None:
-            self._mark, self._samples = time.perf_counter(), 0
+        if self._clock_start is None:
+            self._clock_start, self._samples = time.perf_counter(), 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the batch. In a logged step, log the rate and stop the clock."""
-        assert self._mark is not None
+        assert self._clock_start is not None
         self._samples += len(batch[-1]) * trainer.world_size
         if trainer.global_step == 1:
-            self._mark = None
+            self._clock_start = None
         elif is_logged(trainer, trainer.global_step):
-            rate = self._samples / (time.perf_counter() - self._mark)
+            rate = self._samples / (time.perf_counter() - self._clock_start)
             memory = memory_used(pl_module.device)
             scalars = {"speed/samples_per_second": rate, **({} if memory is None else {"speed/gpu_memory_gb": memory / 1e9})}
             log_scalars(trainer, scalars, last_step(trainer))
             self._rate = f"{rate:.0f} samples/s, "
-            self._mark = None
-        self._foretell(trainer)
+            self._clock_start = None
+        self._print_remaining_time(trainer)
 
-    def _foretell(self, trainer: Trainer) -> None:
-        """Print the remaining time once, after the first `EARLY` steps since the start or the resume."""
+    def _print_remaining_time(self, trainer: Trainer) -> None:
+        """Print the remaining time once, after the first `STEPS_BEFORE_ESTIMATE` steps since the start or the resume."""
         step, now = trainer.global_step, time.perf_counter()
         if self._first is None:
             self._first = step, now
-        elif not self._foretold and step >= self._first[0] + EARLY and trainer.is_global_zero:
-            self._foretold = True
+        elif not self._remaining_time_printed and step >= self._first[0] + STEPS_BEFORE_ESTIMATE and trainer.is_global_zero:
+            self._remaining_time_printed = True
             first, then = self._first
             minutes = (trainer.estimated_stepping_batches - step) * (now - then) / (step - first) / 60
             if 1 <= minutes < math.inf:
@@ -126,7 +126,7 @@ class Report(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock of the rate."""
-        self._mark = None
+        self._clock_start = None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the line of a validation."""

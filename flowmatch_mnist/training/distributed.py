@@ -30,7 +30,10 @@ def gather(trainer: Trainer, share: Any) -> list[Any]:
 
 
 def interleave(shares: Sequence[Tensor]) -> Tensor:
-    """Return the global batch from its shares. Sample n of the batch is in the share of rank n modulo the number of ranks."""
+    """Return the global batch (N, ...) from its shares (n, ...), in the order of the ranks.
+
+    Sample n of the batch is in the share of rank n modulo the number of ranks.
+    """
     whole = torch.cat(list(shares))
     for rank, share in enumerate(shares):
         whole[rank :: len(shares)] = share

@@ -96,6 +96,7 @@ class WriteSamples(BasePredictionWriter):
             return
         problem = trainer.datamodule.problem  # type: ignore[attr-defined]
         batches = [interleave(share) for batch in zip(*shares, strict=True) for share in zip(*batch, strict=True)]
+        # Each batch gave two entries: values and labels.
         values, labels = torch.cat(batches[0::2]).cpu(), torch.cat(batches[1::2]).cpu()
         written = [folder / "predictions.npz"]
         save_npz(written[0], **{problem.kind: values}, labels=labels)

@@ -18,8 +18,8 @@ from flowmatch_mnist.training.module import FlowMatching
 class EMA(WeightAveraging):
     """An exponential moving average (EMA) of the weights, used for validation, for sampling, and in checkpoints.
 
-    The decay warms up: in step n it is min(decay, (1 + n) / (10 + n)). A fixed decay of 0.999 would keep the random initial
-    weights in the average for thousands of steps.
+    The decay warms up: in step n, counted from 0, it is min(decay, (1 + n) / (10 + n)). A fixed decay of 0.999 would keep the
+    random initial weights in the average for thousands of steps. Source: TensorFlow's `ExponentialMovingAverage`.
 
     Args:
         decay: the fraction of the average that each step keeps after the warm-up, in [0, 1).

@@ -91,9 +91,9 @@ class Evaluate(Periodic):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Publish the last scores, because other callbacks of a resumed run may need them."""
-        self._tell(trainer)
+        self._publish(trainer)
 
-    def _tell(self, trainer: Trainer) -> None:
+    def _publish(self, trainer: Trainer) -> None:
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in self._scores.items()})
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -116,7 +116,7 @@ class Evaluate(Periodic):
             words = [f"{m.title} {m.score}" for m in measurements if m.main]
             print(f"step {trainer.global_step}: {len(samples.labels)} samples, {', '.join(words[:4])}", flush=True)
         self._scores = trainer.strategy.broadcast(self._scores)  # all processes must make the same decisions
-        self._tell(trainer)
+        self._publish(trainer)
 
     def report(self, trainer: Trainer, module: FlowMatching, split: Literal["val", "test"]) -> None:
         """Compare many samples with the split, print the table and write the file."""

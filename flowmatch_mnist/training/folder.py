@@ -1,4 +1,4 @@
-"""A run's folder `<root>/<name>/version_<n>`. A run claims it before it writes, and only one run at a time trains in it."""
+"""A run's folder `<root>/<name>/version_<n>`. A run creates it before it writes, and only one run at a time trains in it."""
 
 import errno
 import re
@@ -63,8 +63,8 @@ def check_name(name: str) -> None:
         raise UserError(f'--name {name!r} cannot be the name of a folder; leave out / \\ : * ? " < > | and dots at its ends')
 
 
-def claim(parent: Path) -> Path:
-    """Create the next `version_<n>` in a folder. If several processes do so at once, each gets its own."""
+def create_version(parent: Path) -> Path:
+    """Create the next `version_<n>` in a folder, and return its path. If several processes do so at once, each gets its own."""
     parent.mkdir(parents=True, exist_ok=True)
     numbers = [int(found[1]) for path in parent.iterdir() if (found := re.fullmatch(r"version_(\d+)", path.name))]
     for number in count(max(numbers, default=-1) + 1):
@@ -75,7 +75,7 @@ def claim(parent: Path) -> Path:
     raise AssertionError("there is always a next number")
 
 
-def hold(folder: Path) -> FileLock:
+def lock_folder(folder: Path) -> FileLock:
     """Return a lock on a folder, so no other process trains there. The lock ends with its release, or with this process.
 
     Raises:
@@ -88,7 +88,7 @@ def hold(folder: Path) -> FileLock:
         raise UserError(
             f"another run trains in {folder}; wait until it ends, or give a checkpoint's path, which starts in a new folder"
         ) from error
-    except NotImplementedError:
+    except NotImplementedError:  # filelock's error on some file systems without locks
         pass
     except OSError as error:
         if error.errno not in NO_LOCKS:
@@ -97,7 +97,7 @@ def hold(folder: Path) -> FileLock:
 
 
 @contextmanager
-def unless_it_fails(folder: Path | None, lock: FileLock | None) -> Iterator[None]:
+def release_on_error(folder: Path | None, lock: FileLock | None) -> Iterator[None]:
     """Release a folder if an error comes before the run begins, and remove the folder if it is empty."""
     try:
         yield

@@ -22,7 +22,7 @@ class GradientWatch:
         self.on_non_finite = on_non_finite
         self._first: Tensor | None = None  # step, norm and loss of the first step that was not finite; step 0 means none
 
-    def look(self, step: int, norm: Tensor, loss: Tensor, parameters: Iterable[Tensor], logged: bool, scaled: bool) -> None:
+    def check(self, step: int, norm: Tensor, loss: Tensor, parameters: Iterable[Tensor], logged: bool, scaled: bool) -> None:
         """Check a step before the optimizer changes the parameters.
 
         Args:

@@ -1,8 +1,8 @@
 """The uses of private attributes of Lightning and PyTorch: one function for each, and none elsewhere in the project.
 
-If an upgrade breaks the project, it breaks one of these functions: `tests/test_internals.py` calls each, and names the one that
-fails. Each docstring says why no public attribute is enough. All were tested with Lightning 2.6.1, 2.6.5 and 2.6.6, and with
-PyTorch 2.14.
+The only exceptions are PyTorch's functions `torch._foreach_*`. If an upgrade breaks the project, it breaks one of the
+functions below: `tests/test_internals.py` calls each, and names the one that fails. Each docstring says why no public
+attribute is enough. All were tested with Lightning 2.6.1, 2.6.5 and 2.6.6, and with PyTorch 2.14.
 """
 
 import signal
@@ -37,8 +37,8 @@ def unscale_before_clipping(optimizer: Optimizer) -> None:
 def validation_follows(trainer: Trainer) -> bool:
     """Return whether validation is due after the current batch.
 
-    Public attributes are not enough, unless one repeats Lightning's own rules. Lightning always validates a run that was asked
-    to stop; that validation does not count here.
+    With public attributes, this function would have to repeat Lightning's own rules. Lightning always validates a run that was
+    asked to stop; that validation does not count here.
     """
     fetcher = trainer.fit_loop._data_fetcher
     assert fetcher is not None
@@ -51,7 +51,7 @@ def validation_follows(trainer: Trainer) -> bool:
 def begin_next_epoch(trainer: Trainer) -> None:
     """If a run resumes from a checkpoint at the end of an epoch, begin the next epoch.
 
-    Lightning does so itself, but if a run is limited by steps, it can go back into the epoch that ended. In that case, the
+    Lightning does so itself, except in a run that is limited by steps: that run can go back into the epoch that ended. Then the
     public setter of `restarting` does not accept False.
     """
     loop = trainer.fit_loop

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from flowmatch_mnist.data.pairs import Pairs, PairsDataModule, place_of
+from flowmatch_mnist.data.pairs import Pairs, PairsDataModule, position_of
 from flowmatch_mnist.flow.exact import ExactField
 from flowmatch_mnist.flow.loss import FlowLoss, reduce
 from flowmatch_mnist.flow.paths import PATHS
@@ -21,7 +21,7 @@ from flowmatch_mnist.flow.times import fixed_times
 from flowmatch_mnist.networks.base import Network
 from flowmatch_mnist.sampling.generate import Flow, Sampler, churn_noise
 from flowmatch_mnist.sampling.units import UNITS
-from flowmatch_mnist.sampling.weights import KEY, load_teacher, warm_start, weights_path
+from flowmatch_mnist.sampling.weights import DESCRIPTION_KEY, load_teacher, warm_start, weights_path
 from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.devices import compile_in_place
 from flowmatch_mnist.support.errors import UserError
@@ -33,8 +33,8 @@ from flowmatch_mnist.training.tensorboard import log_scalars
 INTERVALS = 5
 """The number of equal intervals of t in [0, 1]. Validation logs a loss for each of them."""
 
-EXACT = 0.2
-"""Before this t on the linear path, validation also takes the loss against the exact field.
+EXACT_LOSS_UNTIL = 0.2
+"""Before this t on the linear path, validation also logs the loss with the exact target, as `loss_exact`.
 
 On other paths, the limit is the t with the same log-SNR. At later t, this loss does not measure the quality of a network. At
 t = 0.2, the exact field of the training digits predicts held-out digits as well as a good network does, and at t = 0.3 a third
@@ -46,8 +46,8 @@ def losses_by_time(
 ) -> Iterator[tuple[str, Tensor, int]]:
     """Yield for each interval of t its name, the mean loss, (), and the number of its samples.
 
-    The losses (B,) belong to the times t (B,). The intervals cover t from first to last. The times are on the CPU, so the host
-    does not wait for a GPU.
+    The losses (B,) belong to the times t (B,). The intervals cover t from `first` to `last`; each is 1 / `intervals` wide. The
+    times are on the CPU, so the host does not wait for a GPU.
     """
     for i in range(int(first * intervals), math.ceil(last * intervals)):
         inside = ((t * intervals).long() == i).nonzero().flatten()
@@ -56,7 +56,7 @@ def losses_by_time(
 
 
 class FlowMatching(LightningModule):
-    """Trains a network f(x, t, y). Its output gives the velocity dx/dt, which carries noise to data of class y.
+    """Trains a network f(x, t, y). The network's output determines the velocity dx/dt that carries noise to data of class y.
 
     Args:
         net: the network.
@@ -115,8 +115,8 @@ class FlowMatching(LightningModule):
         """The network, and the meaning of its output."""
         return Flow(self.net, self.objective.path, self.objective.prediction, self.units)
 
-    def adopt(self, data: PairsDataModule) -> None:
-        """Use the units of the data.
+    def check_data_and_set_units(self, data: PairsDataModule) -> None:
+        """Check that the data fit the network and the path, and use their units.
 
         Raises:
             UserError: if the network expects other shapes or classes, or the pairs cannot be used with the path.
@@ -136,10 +136,14 @@ class FlowMatching(LightningModule):
         self.units = problem.units
 
     def setup(self, stage: str) -> None:
-        """Use the units of the data, and load the weights of a warm start. A checkpoint is loaded later and replaces them."""
+        """Use the units of the data, and load the weights of a warm start. A checkpoint is loaded later and replaces them.
+
+        Raises:
+            UserError: if model and data do not fit, the learning rate decays without an end, or the weights do not load.
+        """
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, PairsDataModule):
-            self.adopt(data)
+            self.check_data_and_set_units(data)
         endless = self.trainer.max_steps == -1 and self.trainer.max_epochs == -1
         if stage == "fit" and endless and self.decay != "constant":
             raise UserError(
@@ -150,9 +154,13 @@ class FlowMatching(LightningModule):
             warm_start(self.net, weights_path(self.start))
 
     def on_fit_start(self) -> None:
-        """Load the teacher and the exact field if the objective needs them, and compile the network if asked to."""
+        """Load the teacher and the exact field if the objective needs them, and compile the network if `compile` is set.
+
+        Raises:
+            UserError: if the teacher does not load, or the data have no exact field.
+        """
         self.objective.prepare(lambda teacher: load_teacher(teacher, self.net, self.device))
-        if self.objective.exact_until and not self.know_exact_field():
+        if self.objective.exact_until and not self.prepare_exact_field():
             raise UserError(
                 "exact_until needs data without dequantization, and noise that is independent of the data; set "
                 "--model.exact_until 0, or --data.dequantize false and --data.coupling independent"
@@ -160,7 +168,7 @@ class FlowMatching(LightningModule):
         if self.compiles:
             compile_in_place(self.net, self.device, None if self.compiles is True else self.compiles)
 
-    def know_exact_field(self) -> bool:
+    def prepare_exact_field(self) -> bool:
         """Give the objective the exact field of the training data, once. Return whether there is such a field."""
         data = getattr(self.trainer, "datamodule", None)
         if self.objective.exact_field is None and isinstance(data, PairsDataModule):
@@ -170,18 +178,18 @@ class FlowMatching(LightningModule):
         return self.objective.exact_field is not None
 
     def training_step(self, batch: Pairs, batch_idx: int) -> Tensor:
-        """Draw the times, and return the mean loss of the batch."""
+        """Draw the times, and return the mean loss of the batch, ()."""
         x0, x1, y = batch
-        place = place_of(self.trainer)
-        # The CPU draws them: they are then the same for every device, and the device launches no kernel.
-        t = place.share(self.objective.density.sample, len(y), torch.device("cpu"), self.seed, "times")
+        position = position_of(self.trainer)
+        # The CPU draws the times: they are then the same for every device, and a GPU needs no kernel for them.
+        t = position.share(self.objective.density.sample, len(y), torch.device("cpu"), self.seed, "times")
         t = t.to(self.device, non_blocking=True)
         # For the network's own dropout. torch.manual_seed takes a millisecond even without a GPU, so CPU runs avoid it.
         seed = torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed
-        seed(streams.seed(self.seed, "network", place.step, place.rank))
+        seed(streams.seed(self.seed, "network", position.step, position.rank))
 
         def uniform(what: str, *shape: int) -> Tensor:
-            return place.uniform(shape, self.device, self.seed, what)
+            return position.uniform(shape, self.device, self.seed, what)
 
         loss = self.objective(self.net, x0, x1, y, t, uniform).mean()
         self.last_loss = loss.detach()
@@ -192,12 +200,12 @@ class FlowMatching(LightningModule):
         self._norm = norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         step = self.trainer.global_step + 1
         logged = is_logged(self.trainer, step)
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        self.gradients.look(step, norm, self.last_loss, self.parameters(), logged, scaled)
+        has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        self.gradients.check(step, norm, self.last_loss, self.parameters(), logged, has_scaler)
         if logged:
-            loss, size = torch.stack([self.last_loss.float(), norm.float()]).tolist()
+            loss, norm_value = torch.stack([self.last_loss.float(), norm.float()]).tolist()
             rate = optimizer.param_groups[0]["lr"]
-            scalars = {"loss/train": loss, "optimizer/gradient_norm": size, "optimizer/learning_rate": rate}
+            scalars = {"loss/train": loss, "optimizer/gradient_norm": norm_value, "optimizer/learning_rate": rate}
             # Lightning would pass them to the loggers only after SaveLast: a run killed in between would lose the points.
             self.log_dict(scalars, logger=False)
             log_scalars(self.trainer, {**scalars, "epoch": self.current_epoch}, step - 1)
@@ -231,17 +239,22 @@ class FlowMatching(LightningModule):
         first, last = self.objective.density.support
         t = first + (last - first) * fixed_times(batch_idx, positions)  # on the CPU, as in training
         # Only training uses compiled code: another batch size, without gradients, would be compiled again.
-        there = t.to(self.device, non_blocking=True)
-        error = self.objective.error(self.net.forward, x0, x1, y, there)
+        t_on_device = t.to(self.device, non_blocking=True)
+        error = self.objective.error(self.net.forward, x0, x1, y, t_on_device)
         losses = reduce(error, "squared")
         self.log(f"loss/{split}", losses.mean(), prog_bar=split == "val", batch_size=len(y), sync_dist=True)
         for interval, mean, count in losses_by_time(losses, t, first, last):
             self.log(f"loss_by_time/{split} {interval}", mean, batch_size=count, sync_dist=True)
-        if self.know_exact_field():
-            until = round(float(PATHS[self.objective.path].time(PATHS["linear"].log_snr(torch.tensor(EXACT)))), 4)
-            exact = self.objective.exact_pairs(x0, x1, y, there, until)
-            scatter = self.objective.point_and_target(x0, x1, there)[1] - self.objective.point_and_target(*exact, there)[1]
+        if self.prepare_exact_field():
+            until = round(float(PATHS[self.objective.path].time(PATHS["linear"].log_snr(torch.tensor(EXACT_LOSS_UNTIL)))), 4)
+            exact = self.objective.exact_pairs(x0, x1, y, t_on_device, until)
+            scatter = (
+                self.objective.point_and_target(x0, x1, t_on_device)[1]
+                - self.objective.point_and_target(*exact, t_on_device)[1]
+            )
             early = (t < until).nonzero().flatten()
+            # error + scatter is the prediction minus the exact target, without a second evaluation of the network. With 5
+            # intervals, the time before EXACT_LOSS_UNTIL would be only one of them.
             losses = reduce((error + scatter)[early.to(self.device)], "squared")
             for interval, mean, count in losses_by_time(losses, t[early], first, min(until, last), intervals=10):
                 self.log(f"loss_exact/{split} {interval}", mean, batch_size=count, sync_dist=True)
@@ -268,4 +281,4 @@ class FlowMatching(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Describe the network and the sampler in the checkpoint, because `sample.py` reads no config."""
-        checkpoint[KEY] = self.flow.describe(self.sampler)
+        checkpoint[DESCRIPTION_KEY] = self.flow.describe(self.sampler)

@@ -17,8 +17,8 @@ def orthogonalize(matrices: Sequence[Tensor], iterations: int = 5) -> list[Tenso
     """Push all singular values of each matrix towards 1 by a Newton-Schulz iteration: (rows, columns) each -> same shapes.
 
     The coefficients of the quintic polynomial are Jordan's. After five iterations, every singular value that was not tiny lies
-    between about 0.7 and 1.2. Each iteration multiplies x by a polynomial of x x^T. So the iterations work on that small square
-    matrix, for many x at once. At the end, x is multiplied once, by the product of the polynomials.
+    between about 0.7 and 1.2. Each iteration multiplies x by a polynomial of x x^T. So the iterations work on x x^T, a small
+    square matrix, for many x at once. At the end, x is multiplied once, by the product of the polynomials.
     """
     wide = [x if x.shape[0] <= x.shape[1] else x.mT for x in matrices]
     results = by_size(wide, iterations) if wide[0].device.type == "cpu" else in_one_batch(wide, iterations)

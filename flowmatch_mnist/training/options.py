@@ -8,10 +8,10 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """The precisions for training a network."""
 
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
-"""The strategies that start each process as a program, with all weights in each, because averages and checkpoints need them."""
+"""The strategies in which each process is a program with all weights: averages and checkpoints need all weights."""
 
-ONLY: dict[str, tuple[Any, str]] = {
-    "barebones": (False, "a run keeps checkpoints and logs; use benchmarks/speed.py to measure the bare loop"),
+FIXED_OPTIONS: dict[str, tuple[Any, str]] = {
+    "barebones": (False, "a run keeps checkpoints and logs; use benchmarks/speed.py to measure without them"),
     "enable_checkpointing": (True, "a run keeps last.ckpt and best.ckpt; use --trainer.fast_dev_run true to keep nothing"),
     "enable_autolog_hparams": (True, "the settings of a run are always logged; use --trainer.logger false to log nothing"),
     "model_registry": (None, "checkpoints are files; copy them to the place where you want them"),
@@ -22,7 +22,7 @@ ONLY: dict[str, tuple[Any, str]] = {
 
 def check_options(trainer: Any) -> None:
     """Raise UserError if `trainer`, the namespace of the trainer's options, has a value that is not supported."""
-    for name, (value, why) in ONLY.items():
+    for name, (value, why) in FIXED_OPTIONS.items():
         if trainer.get(name, value) not in (value, None):
             raise UserError(f"--trainer.{name} {str(trainer[name]).lower()} is not supported: {why}")
     if isinstance(trainer.strategy, str) and trainer.strategy not in STRATEGIES:
@@ -33,7 +33,7 @@ def check_options(trainer: Any) -> None:
 
 
 def as_list(value: Any) -> list[Any]:
-    """Return a list: of one value, of several values, or empty for None."""
+    """Return a value as a list: None is an empty list, and a list or tuple keeps its values."""
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]

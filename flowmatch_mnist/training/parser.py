@@ -13,9 +13,10 @@ from flowmatch_mnist.flow.times import TimeDensity
 from flowmatch_mnist.networks.base import Network
 from flowmatch_mnist.support.commands import as_typed
 from flowmatch_mnist.support.errors import UserError, one_line
-from flowmatch_mnist.training.arguments import option, today
+from flowmatch_mnist.training.arguments import option, with_current_class_paths
 
 SEE_HELP = f"; see `{as_typed('train')} fit --help`"
+"""The end of each error message."""
 BASES: dict[str, type[object]] = {"model.net": Network, "model.times": TimeDensity, "data": PairsDataModule}
 """The settings that name a class, and the base class for each."""
 
@@ -25,7 +26,7 @@ load_yaml = get_loader("yaml")
 
 def accept_older_configs() -> None:
     """Make the parser accept the class paths of configs from before version 0.1.0, such as an older run's `config.yaml`."""
-    set_loader("yaml", lambda text: load_yaml(today(text)), (yaml.YAMLError,))
+    set_loader("yaml", lambda text: load_yaml(with_current_class_paths(text)), (yaml.YAMLError,))
 
 
 class ConfigParser(LightningArgumentParser):

@@ -1,6 +1,6 @@
 """Saving and stopping: a run that is stopped at any moment and resumed ends with the same result as an uninterrupted run.
 
-Data order, noise, times and dropout are functions of the seed and of the place in the run (see `streams`), so a checkpoint
+Data order, noise, times and dropout are functions of the seed and of the position in the run (see `streams`), so a checkpoint
 needs no random state. It holds only weights, optimizer, schedule, averages and counters. This module writes checkpoints
 atomically, at the end of a step: after validation, pictures and measurements.
 """
@@ -61,8 +61,8 @@ class SaveLast(Checkpoint):
     the step is finished, and no checkpoint counts the epoch as done: a resumed run trains on the remaining batches.
 
     Args:
-        every_n_steps: number of optimizer steps between two saves; 0 is never.
-        every_n_minutes: number of minutes between two saves; 0 is never.
+        every_n_steps: number of optimizer steps between two saves; 0 means never.
+        every_n_minutes: number of minutes between two saves; 0 means never.
 
     Raises:
         ValueError: if a number is negative.
@@ -75,16 +75,16 @@ class SaveLast(Checkpoint):
         self.every_n_minutes = every_n_minutes
         self.path: Path | None = None
         self._requeue_signal: signal.Signals | None = None
-        self._signal = 0
-        self._saved_at = 0.0
-        self._due = False
-        self._stop_for = 0
-        self._stop_after_step = False
-        self._limit_val_batches: int | float | None = None
-        self._step = 0
-        self._saved_step = -1
-        self._accumulating = False
-        self._begun = False
+        self._signal = 0  # the signal that this process received; 0 means none
+        self._saved_at = 0.0  # the time of the last save, or of the start
+        self._due = False  # whether a save is due
+        self._stop_for = 0  # the signal for which all processes agreed to stop; 0 means none
+        self._stop_after_step = False  # whether a callback's stop is delayed, see `_finish_the_step`
+        self._limit_val_batches: int | float | None = None  # the trainer's value, while 0 replaces it
+        self._step = 0  # the optimizer step at the end of the last batch
+        self._saved_step = -1  # the optimizer step of the last save
+        self._accumulating = False  # whether the last batch ended no optimizer step
+        self._begun = False  # whether training began
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the folder to save in, and install the handler of SLURM's signal."""
@@ -94,7 +94,7 @@ class SaveLast(Checkpoint):
         on_sigterm(trainer, self._end)
         self._requeue_signal = take_over_requeueing(trainer)
         if stage == "fit" and self._requeue_signal is not None:
-            signal.signal(self._requeue_signal, self._hear)
+            signal.signal(self._requeue_signal, self._on_signal)
             if folder is not None and trainer.is_global_zero:
                 mark(folder)
 
@@ -113,9 +113,9 @@ class SaveLast(Checkpoint):
                 leftover.unlink()
         # Lightning restores the previous handlers when the run ends.
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._hear)
+            signal.signal(number, self._on_signal)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == self._requeue_signal:
             self._signal = REQUEUE + number
         elif self._signal in (signal.SIGINT, signal.SIGTERM):
@@ -125,13 +125,13 @@ class SaveLast(Checkpoint):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """End the process here, between two steps, if it must stop. The loggers now have everything from the last step."""
-        self._end_of_step(trainer)
+        self._exit_if_stopped(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the process here, between two epochs, if it must stop."""
-        self._end_of_step(trainer)
+        self._exit_if_stopped(trainer)
 
-    def _end_of_step(self, trainer: Trainer) -> None:
+    def _exit_if_stopped(self, trainer: Trainer) -> None:
         if self._stop_for:
             number = self._stop_for % REQUEUE
             if trainer.is_global_zero:
@@ -156,7 +156,7 @@ class SaveLast(Checkpoint):
             # Lightning would validate now, but an uninterrupted run would not. This could change the best checkpoint.
             self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
         self._due |= bool(self.every_n_steps) and trainer.global_step % self.every_n_steps == 0
-        self._listen(trainer, agree=is_logged(trainer, trainer.global_step))
+        self._decide_save_or_stop(trainer, agree=is_logged(trainer, trainer.global_step))
         if self._due and not trainer.is_last_batch and not validation_follows(trainer):
             self._save(trainer, pl_module)
 
@@ -175,7 +175,7 @@ class SaveLast(Checkpoint):
         """Save, unless the epoch ends here too or the step is not finished."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._finish_the_step(trainer)
-            self._listen(trainer, agree=True)
+            self._decide_save_or_stop(trainer, agree=True)
             self._due = True
             if not trainer.is_last_batch and not self._accumulating:
                 self._save(trainer, pl_module)
@@ -183,8 +183,9 @@ class SaveLast(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save at the end of an epoch."""
         trainer.should_stop, self._stop_after_step = trainer.should_stop or self._stop_after_step, False
-        self._listen(trainer, agree=True)
-        # A run that stopped after a validation in mid-epoch is saved. If saved here, Lightning would count that step twice.
+        self._decide_save_or_stop(trainer, agree=True)
+        # After a stop at a validation in mid-epoch, the run is already saved. If it were saved again here, Lightning would
+        # count that step twice.
         if trainer.is_last_batch or trainer.global_step != self._saved_step:
             self._save(trainer, pl_module)
 
@@ -213,7 +214,7 @@ class SaveLast(Checkpoint):
             kept = f"; wrote {self.path}" if self.path and not trainer.fast_dev_run else ""  # type: ignore[attr-defined]
             print(f"stopped after step {trainer.global_step}: {reason(trainer)}{kept}", flush=True)
 
-    def _listen(self, trainer: Trainer, agree: bool) -> None:
+    def _decide_save_or_stop(self, trainer: Trainer, agree: bool) -> None:
         """Note whether to save, by the clock, or to stop. Several processes decide this only together, if `agree` is true."""
         late = bool(self.every_n_minutes) and time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
         wish = self._signal or int(late)

@@ -9,7 +9,10 @@ Decay = Literal["cosine", "linear", "constant"]
 
 
 def learning_rate_factor(step: int, warmup_steps: int, total_steps: float, decay: Decay) -> float:
-    """Return the factor of the learning rate at `step`: it rises linearly to 1, then falls to 0 (or not) by `total_steps`."""
+    """Return the factor of the learning rate at `step`, counted from 0; it lies in [0, 1].
+
+    It rises linearly to 1. Then it falls to 0 at `total_steps`, or stays 1 if `decay` is constant.
+    """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
