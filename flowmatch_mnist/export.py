@@ -13,6 +13,8 @@ labels, int64 (N,), 0 to 9. Its output is images, uint8 (N, 28, 28):
 import logging
 from pathlib import Path
 
+from rich.console import Console
+
 from flowmatch_mnist.sampling.export import export
 from flowmatch_mnist.sampling.weights import load_digits, weights_path, with_changes
 from flowmatch_mnist.support.commands import CommandParser
@@ -33,7 +35,8 @@ def main() -> None:
     path, flow, sampler = load_digits(weights_path(options.weights) if options.weights else None, "cpu")
     sampler = with_changes(flow, sampler, {name: getattr(options, name) for name in ("steps", "solver", "guidance", "churn")})
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    export(flow, sampler, options.out)
+    with Console(stderr=True).status("exporting"):  # shown only in a terminal
+        export(flow, sampler, options.out)
     print(f"wrote {options.out} from {path} with {sampler.description()}")
 
 

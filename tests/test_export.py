@@ -1,5 +1,6 @@
 """Exported models: what they draw is what this package draws, and they need nothing of it."""
 
+import io
 import logging
 import subprocess
 import sys
@@ -8,9 +9,12 @@ import warnings
 
 import numpy as np
 import onnxruntime
+import pytest
 import torch
 from conftest import assert_one_line_error, run_here
+from test_commands import Terminal
 
+from flowmatch_mnist import export as command
 from flowmatch_mnist.sampling.export import export
 from flowmatch_mnist.sampling.generate import Flow, Sampler, generate
 from flowmatch_mnist.sampling.weights import PRETRAINED, load
@@ -96,6 +100,17 @@ def test_the_sampler_is_the_one_asked_for(tmp_path, monkeypatch):
     (_, changed, path), (flow, own, default) = exported
     assert (changed.solver, changed.steps, changed.guidance, str(path)) == ("heun", 3, 2.0, "digits.onnx")
     assert (flow.describe(own), str(default)) == (load(PRETRAINED["mnist"])[0].describe(own), "digits.pt2")
+
+
+@pytest.mark.parametrize("screen", [Terminal, io.StringIO])
+def test_a_terminal_shows_that_it_is_working_and_a_file_does_not(screen, monkeypatch):
+    monkeypatch.setattr(command, "export", lambda *arguments: None)
+    monkeypatch.setattr("sys.argv", ["export.py", "--weights", "few-step"])
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr", screen())
+    command.main()
+    seen = sys.stderr.getvalue()
+    assert ("exporting" in seen and seen.endswith("\x1b[2K")) if screen is Terminal else seen == ""
 
 
 def test_what_cannot_be_exported_is_told(tmp_path):
