@@ -156,7 +156,7 @@ def test_a_source_that_gives_a_wrong_file_is_not_believed(tmp_path, monkeypatch)
 def test_a_folder_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(
-        UserError, match=r"cannot write MNIST to .* --data\.data_dir of train\.py, --data-dir of other commands"
+        UserError, match=r"cannot write MNIST to .* \(--data\.data_dir of train\.py, --data-dir of other commands"
     ):
         mnist.prepare(tmp_path / "file" / "data")
 
