@@ -348,6 +348,22 @@ def test_options_overrule_the_config_wherever_it_stands(tmp_path):
     assert done.returncode == 0 and yaml.safe_load(done.stdout)["data"]["init_args"]["batch_size"] == 3, done.stderr
 
 
+def test_an_optimizer_has_its_own_defaults(tmp_path):
+    """Not those of AdamW, which is the default."""
+    chosen = {
+        "SGD": ("weight_decay", 0.0),
+        "NAdam": ("betas", [0.9, 0.999]),
+        "flowmatch_mnist.training.muon.Muon": ("momentum", 0.95),
+    }
+    (tmp_path / "plain.yaml").write_text("model: {net: {class_path: MLP}}\ndata: {class_path: CurveDataModule}\n")
+    for optimizer, (name, value) in chosen.items():
+        asked = ("--config", "plain.yaml", "--model.optimizer", optimizer, "--print_config")
+        done = run_here("train.py", *asked, cwd=tmp_path)
+        assert yaml.safe_load(done.stdout)["model"]["optimizer"]["init_args"][name] == value
+    done = run_here("train.py", "--config", "plain.yaml", "--trainer.max_steps", 1, "--trainer.logger", "false", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr  # AdamW
+
+
 def test_train_alone_means_the_default_config(tmp_path):
     done = run_here("train.py", "--print_config", cwd=tmp_path)
     assert done.returncode == 0 and yaml.safe_load(done.stdout)["name"] == "mnist"

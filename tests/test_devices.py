@@ -205,6 +205,19 @@ def test_the_way_of_compiling_is_the_one_asked_for(asked, mode, tmp_path, monkey
     assert modes == ([] if mode == "never" else [mode])
 
 
+def test_a_teacher_is_compiled_with_its_student(tmp_path, monkeypatch):
+    toy = ("--config", ROOT / "configs/toy.yaml", "--trainer.max_steps", 1, "--data.samples", 1000)
+    quiet = ("--evaluation.every_n_epochs", 0, "--sampling.every_n_epochs", 0)
+    assert run_here("train.py", *toy, *quiet, cwd=tmp_path).returncode == 0
+    compiled = []
+    monkeypatch.setattr(MLP, "compile", lambda net, mode: compiled.append(net.spans))
+    teacher = tmp_path / "runs/toy/version_0/checkpoints/last.ckpt"
+    taught = ("--model.net.spans", "true", "--model.mean_flow.teacher", teacher, "--model.compile", "true", "--name", "taught")
+    done = run_here("train.py", *toy, *quiet, *taught, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert compiled == [True, False]
+
+
 def test_two_processes_train_compiled_and_the_names_of_the_weights_stay(tmp_path):
     toy = ("--config", ROOT / "configs/toy.yaml", "--model.compile", "true", "--trainer.max_epochs", 1, "--data.samples", 4000)
     two = ("--trainer.devices", 2, "--trainer.strategy", "ddp", "--evaluation.every_n_epochs", 0)

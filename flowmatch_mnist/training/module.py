@@ -60,7 +60,7 @@ class FlowMatching(LightningModule):
 
     Args:
         net: the network.
-        optimizer: builds the optimizer from the parameters.
+        optimizer: builds the optimizer from the parameters; by default AdamW.
         warmup_steps: number of optimizer steps in which the learning rate rises.
         decay: how the learning rate falls after the warm-up, until the end of the run.
         sampler: how the callbacks and `predict` draw samples.
@@ -82,7 +82,7 @@ class FlowMatching(LightningModule):
     def __init__(
         self,
         net: Network,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable | None = None,
         warmup_steps: int = 100,
         decay: Decay = "cosine",
         sampler: Sampler | None = None,
@@ -97,7 +97,7 @@ class FlowMatching(LightningModule):
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
         self.net = net.to(memory_format=torch.channels_last) if channels_last else net
-        self.optimizer = optimizer
+        self.optimizer = optimizer or torch.optim.AdamW
         self.warmup_steps = warmup_steps
         self.decay: Decay = decay
         self.sampler = sampler or Sampler()
@@ -166,7 +166,9 @@ class FlowMatching(LightningModule):
                 "--model.exact_until 0, or --data.dequantize false and --data.coupling independent"
             )
         if self.compiles:
-            compile_in_place(self.net, self.device, None if self.compiles is True else self.compiles)
+            teacher = self.objective.mean_flow and self.objective.mean_flow.net
+            for net in filter(None, (self.net, teacher)):
+                compile_in_place(net, self.device, None if self.compiles is True else self.compiles)
 
     def prepare_exact_field(self) -> bool:
         """Give the objective the exact field of the training data, once. Return whether there is such a field."""

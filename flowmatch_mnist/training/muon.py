@@ -82,7 +82,7 @@ class Muon(AdamW):
         self,
         params: Iterable[Tensor],
         lr: float = 8e-3,
-        betas: tuple[float, float] = (0.9, 0.99),
+        betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.01,
         momentum: float = 0.95,
     ) -> None:
