@@ -101,9 +101,13 @@ class FlowLoss:
         return losses * loss_weight(self.weighting, self.prediction, PATHS[self.path], self.density, t)
 
     def error(self, net: Callable[..., Tensor], x0: Tensor, x1: Tensor, y: Tensor, t: Tensor) -> Tensor:
-        """Return the prediction of the network minus its target: x0, x1 (B, ...), y and t (B,) -> (B, ...)."""
+        """Return the prediction of the network minus its target: x0, x1 (B, ...), y and t (B,) -> (B, ...).
+
+        For a network of mean velocities, this is the velocity at t. In distillation it is the mean velocity from t to the data.
+        """
         x_t, u_t = self.point_and_target(x0, x1, t)
-        return net(x_t, t, y) - u_t
+        distills = self.mean_flow and self.mean_flow.stride == 1
+        return net(x_t, t, y, *([torch.ones_like(t)] if distills else [])) - u_t
 
     def exact_pairs(self, x0: Tensor, x1: Tensor, y: Tensor, t: Tensor, until: float) -> tuple[Tensor, Tensor]:
         """Replace each pair with t < until by the mean of all pairs that pass through the same point on the path.

@@ -14,6 +14,9 @@ In the second, the stride goes to 0. The result is the mean-flow identity:
 The network learns to satisfy one of the two equations. The right-hand side is the target, and no gradients flow through it. For
 s = t, the target is v: this is flow matching. In the code, s is `until`, and u(x, t, s) is `net(x, t, y, until)`.
 
+If both ends of a trajectory are known, the mean velocity from t = 0 to s = 1 is also known. It is the difference of the two
+ends. So with a stride of 1, which cuts no span, a network learns the one step from a teacher's pairs. This is distillation.
+
 Sources: Geng et al. 2025, "Mean Flows for One-step Generative Modeling", equations 6 to 8 (the identity; their time runs from
 data to noise); Guo et al. 2025, "SplitMeanFlow: Interval Splitting Consistency in Few-Step Generative Modeling", equation 7;
 Sabour et al. 2025, "Align Your Flow", section 3.2 (the velocity of a teacher); Geng et al. 2025, "Improved Mean Flows" (without
@@ -42,13 +45,16 @@ class MeanFlow:
         to_end: the share of the other samples with a span up to the data, s = 1, in [0, 1]. The remaining spans end at
             uniformly distributed times between t and 1.
         stride: the length h after which a span is cut, in [0, 1]. 0 means the mean-flow identity. Its derivative multiplies the
-            network's errors by the span, and training may collapse late. A stride above 0 avoids this, but it has a bias.
+            network's errors by the span, and training may collapse late. A stride above 0 avoids this, but it has a bias. 1
+            means that no span is cut, and the target is the velocity of the pair: use it for distillation, with a teacher's
+            pairs and t = 0.
 
     Attributes:
         net: the teacher's network, which predicts the velocity of the linear path. None means the data's own velocity.
 
     Raises:
-        ValueError: if a number is out of its range, or there is guidance without a teacher.
+        ValueError: if a number is out of its range, if there is guidance without a teacher, or if `stride` is 1 with a teacher
+            or with other spans than those up to the data.
     """
 
     def __init__(
@@ -64,6 +70,10 @@ class MeanFlow:
             raise ValueError(f"instants, to_end and stride must be shares in [0, 1], got {instants}, {to_end} and {stride}")
         if guidance != 1 and teacher is None:
             raise ValueError(f"guidance {guidance:g} changes the velocity of a teacher; set teacher, or set guidance to 1")
+        if stride == 1 and (teacher is not None or (instants, to_end) != (0, 1)):
+            raise ValueError(
+                "stride 1 learns the whole way to the data from pairs; leave out teacher, set instants 0 and to_end 1"
+            )
         start, end = guidance_interval
         if not 0 <= start < end <= 1:
             raise ValueError(f"guidance_interval must lie in [0, 1] and rise, got {start} to {end}")
@@ -96,17 +106,18 @@ class MeanFlow:
         """
         if self.teacher is not None and self.net is None:
             raise ValueError(f"the teacher {self.teacher} was not loaded; set `net` to its network")
+        if self.stride == 1:
+            return net(x_t, t, y, until) - u_t
         with torch.no_grad():
             if self.net is None:
-                # `net.forward` is never compiled: a call without gradients would be compiled a second time.
-                velocity = net.forward(x_t, t, y, t)
+                velocity = net(x_t, t, y, t)
             else:
                 start, end = self.guidance_interval
                 scale = torch.where((start <= t) & (t <= end), self.guidance, 1.0)
                 velocity = u_t = guide(self.net, x_t, t, y, 1.0 if self.guidance == 1 else scale)
             if self.stride:
                 h = (until - t).clamp(max=self.stride)
-                later = net.forward(x_t + match_dims(h, x_t) * velocity, t + h, y, until)
+                later = net(x_t + match_dims(h, x_t) * velocity, t + h, y, until)
                 rest = match_dims(1 - h / (until - t).clamp(min=1e-9), x_t)  # share of the span after the stride
                 target = torch.where(match_dims(until > t, x_t), velocity + rest * (later - velocity), u_t)
             else:
