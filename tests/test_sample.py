@@ -184,8 +184,9 @@ def test_the_weights_in_the_package_draw_as_well_as_they_say(data_dir):
     for path in PRETRAINED.values():
         flow, sampler = load(path)
         metadata = load_weights(path)[1]
-        count = min(map(int, json.loads(metadata["figures"])))
-        scores = json.loads(metadata["figures"])[str(count)]
+        every = json.loads(metadata["scores"])
+        assert {int(count): len(seeds) for count, seeds in every.items()} == {500: 1, 10_000: 3}
+        count, (scores,) = 500, every["500"]
         drawn = generate(flow, labels_like(labels, count), sampler)
         for by, (net, distance) in classifiers.items():
             features, digits = classify(net, drawn.values)
@@ -193,7 +194,7 @@ def test_the_weights_in_the_package_draw_as_well_as_they_say(data_dir):
             assert (digits == drawn.labels).double().mean() == pytest.approx(accuracy, abs=its_error / 2)
             expected, its_error, *_ = scores[f"{by}Frechet distance"]
             assert distance(features) == pytest.approx(expected, abs=its_error / 2)
-        assert path.stat().st_size < 8e6 and metadata["command"].split(" && ")[-1].startswith("python train.py")
+        assert path.stat().st_size < 6e6 and metadata["command"].split(" && ")[-1].startswith("python train.py")
 
 
 def test_a_saved_model_is_loaded_as_it_was(tmp_path, tiny_net):

@@ -166,8 +166,8 @@ class FlowMatching(LightningModule):
                 "--model.exact_until 0, or --data.dequantize false and --data.coupling independent"
             )
         if self.compiles:
-            teacher = self.objective.mean_flow and self.objective.mean_flow.net
-            for net in filter(None, (self.net, teacher)):
+            teacher = self.objective.mean_flow.net if self.objective.mean_flow else None
+            for net in [self.net] if teacher is None else [self.net, teacher]:
                 compile_in_place(net, self.device, None if self.compiles is True else self.compiles)
 
     def prepare_exact_field(self) -> bool:
