@@ -116,7 +116,7 @@ def picture(found):
 
 
 def test_it_is_small_and_fetches_nothing_from_elsewhere(page):
-    assert sum(path.stat().st_size for path in page.rglob("*") if path.is_file()) < 8e6
+    assert sum(path.stat().st_size for path in page.rglob("*") if path.is_file()) < 10e6
     for path in (page / "index.html", page / "style.css", page / "demo.js", page / "flow.js"):
         assert not re.search(r"https?://|//[a-z]+\.", path.read_text().replace("http.server", "")), path
 

@@ -59,7 +59,7 @@ def test_one_group_normalises_all_channels_together():
 
 
 def test_weights_trained_with_other_groups_are_refused_though_their_shapes_fit():
-    shape = ((24, 64, 128), (1, 2, 2), (False, False, True))
+    shape = ((32, 96, 192), (1, 2, 2), (False, False, True))
     warm_start(UNet(*shape, dropout=0.1), PRETRAINED["mnist"])
     with pytest.raises(UserError, match="groups"):
         warm_start(UNet(*shape, groups=1), PRETRAINED["mnist"])
