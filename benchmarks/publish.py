@@ -54,6 +54,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.checkpoint and (len(options.names) > 1 or not options.command or not options.machine):
         raise UserError("--checkpoint needs exactly one name, and the --command and the --machine that trained it")
+    if options.noise_seeds < 1:
+        raise UserError("--noise-seeds must be at least 1")
     score = Judge(options.data_dir, options.device)
     for name in options.names:
         checkpoint, flow, sampler = load_digits(options.checkpoint or PRETRAINED[name], options.device)

@@ -350,16 +350,11 @@ def test_options_overrule_the_config_wherever_it_stands(tmp_path):
 
 def test_an_optimizer_has_its_own_defaults(tmp_path):
     """Not those of AdamW, which is the default."""
-    chosen = {
-        "SGD": ("weight_decay", 0.0),
-        "NAdam": ("betas", [0.9, 0.999]),
-        "flowmatch_mnist.training.muon.Muon": ("momentum", 0.95),
-    }
     (tmp_path / "plain.yaml").write_text("model: {net: {class_path: MLP}}\ndata: {class_path: CurveDataModule}\n")
-    for optimizer, (name, value) in chosen.items():
+    for optimizer in ("SGD", "NAdam"):
         asked = ("--config", "plain.yaml", "--model.optimizer", optimizer, "--print_config")
         done = run_here("train.py", *asked, cwd=tmp_path)
-        assert yaml.safe_load(done.stdout)["model"]["optimizer"]["init_args"][name] == value
+        assert yaml.safe_load(done.stdout)["model"]["optimizer"]["init_args"]["weight_decay"] == 0
     done = run_here("train.py", "--config", "plain.yaml", "--trainer.max_steps", 1, "--trainer.logger", "false", cwd=tmp_path)
     assert done.returncode == 0, done.stderr  # AdamW
 
