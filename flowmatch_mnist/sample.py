@@ -107,6 +107,7 @@ def parse() -> argparse.Namespace:
     add("--spacing", choices=SPACINGS, help="spacing of the steps: equal in time, or in log-SNR")
     add("--guidance", type=finite, metavar="SCALE", help="guidance scale; 1 is off")
     add("--guidance-interval", type=interval, metavar="FROM-TO", help="range of t with guidance, such as 0.2-0.9")
+    add("--guidance-power", type=finite, metavar="P", help="0 guides all digits alike; 2 guides mostly those in doubt")
     add("--churn", type=finite, help="noise renewed during sampling: 0 is the ODE, 1 is DDPM's ancestral sampling")
     group = parser.add_argument_group("noise to start from (default: drawn from the seed)")
     add = group.add_argument

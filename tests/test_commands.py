@@ -75,6 +75,7 @@ WAYS = {
     "spacing": (["--spacing", "log_snr"], "log_snr"),
     "guidance": (["--guidance", 2.5], 2.5),
     "guidance_interval": (["--guidance-interval", "0.2-0.6"], (0.2, 0.6)),
+    "guidance_power": (["--guidance-power", 2], 2.0),
     "churn": (["--churn", 0.5], 0.5),
 }
 

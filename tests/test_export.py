@@ -36,7 +36,7 @@ def drawn(flow, sampler, count):
 
 
 def test_a_program_draws_the_same_digits_without_the_package(tiny_net, tmp_path):
-    flow, sampler = Flow(tiny_net), Sampler(3, "dpmpp_2m", 1.5, guidance_interval=(0.0, 0.5))
+    flow, sampler = Flow(tiny_net), Sampler(3, "dpmpp_2m", 1.5, guidance_interval=(0.0, 0.5), guidance_power=1)
     export(flow, sampler, tmp_path / "digits.pt2")
     for count in (1, 2, 5):
         torch.save(drawn(flow, sampler, count), tmp_path / f"given{count}.pt")

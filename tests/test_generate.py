@@ -59,12 +59,15 @@ def test_the_mean_over_a_span_is_asked_for_through_guidance_and_straight_coordin
 
 
 def test_the_defaults_are_those_that_the_scores_are_of():
-    assert Sampler() == Sampler(8, "midpoint", 1.0, (0.0, 1.0), "uniform", 0.0)
+    assert Sampler() == Sampler(8, "midpoint", 1.0, (0.0, 1.0), "uniform", 0.0, 0.0)
     assert Sampler(32, "rk4") == INVERSION_SAMPLER
     for ends in ((-0.1, 0.5), (0.5, 1.1), (0.6, 0.5)):
         with pytest.raises(ValueError, match="interval"):
             Sampler(guidance_interval=ends)
     assert Sampler(guidance_interval=(0.5, 0.5)).guidance_interval == (0.5, 0.5)
+    for power in (-0.1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="guidance_power must be at least 0"):
+            Sampler(guidance_power=power)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +76,11 @@ def test_the_defaults_are_those_that_the_scores_are_of():
         (Sampler(1, "euler", 2.0), "euler, 1 step, guidance 2"),
         (Sampler(2, "euler", 2.0, (0.1, 1.0)), "euler, 2 steps, guidance 2 from t = 0.1 to 1"),
         (Sampler(2, "euler", 0.0, (0.1, 0.9)), "euler, 2 steps, guidance 0"),
+        (Sampler(2, "euler", 2.0, guidance_power=1.5), "euler, 2 steps, guidance 2 with power 1.5"),
+        (
+            Sampler(2, "euler", 2.0, (0.1, 1.0), guidance_power=1),
+            "euler, 2 steps, guidance 2 with power 1 from t = 0.1 to 1",
+        ),
         (Sampler(2, "euler", 1.0, (0.1, 0.9), "log_snr", 0.5), "euler, 2 steps, guidance 1, spacing log_snr, churn 0.5"),
     ],
 )

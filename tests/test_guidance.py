@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from flowmatch_mnist.flow.guidance import Guided, drop_labels
+from flowmatch_mnist.flow.paths import PATHS
+from flowmatch_mnist.flow.predictions import PREDICTIONS, pair, target
+from flowmatch_mnist.networks.base import Network
 
 
 def test_labels_are_dropped_one_by_one_and_as_often_as_asked():
@@ -65,3 +68,45 @@ def test_guidance_acts_in_its_interval_alone(tiny_net):
         for t in (0.25, 0.4, 0.5):
             torch.testing.assert_close(guided(x, torch.tensor(t)), Guided(tiny_net, y, 3.0)(x, torch.tensor(t)))
     assert guided.evaluations == 10
+
+
+class TwoMinds(Network):
+    """At x_t of the pairs (x0, x1), it predicts the pairs with the label, and other pairs of the same x_t without it."""
+
+    def __init__(self, prediction, path, x0, x1, away):
+        super().__init__(2, 2, spans=False)
+        self.outputs = {}
+        for label, noise in (1, x0), (2, x0 + away):
+            data = x1 - path.sigma(T) / path.alpha(T) * (noise - x0)
+            self.outputs[label] = target(prediction, path, noise, data, T.expand(len(x0)))
+
+    def forward(self, x, t, y, until=None):
+        return torch.cat([self.outputs[label] for label in y.unique().tolist()])
+
+
+T = torch.tensor(0.4)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
+def test_with_a_power_guidance_grows_with_the_doubt_about_the_label(path, prediction, power):
+    x0, x1 = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4)
+    doubts = torch.tensor([0.1, 1.0, 3.0])  # standard deviations of the noise between the predictions of the noise
+    away = torch.nn.functional.normalize(torch.randn(3, 16)).view_as(x0) * doubts.view(-1, 1, 1, 1)
+    path = PATHS[path]
+    x_t = path.alpha(T) * x1 + path.sigma(T) * x0
+    net = TwoMinds(prediction, path, x0, x1, away)
+    guided = Guided(net, torch.ones(3, dtype=torch.long), 1.5, (0.0, 1.0), power, path, prediction)
+    noise, _ = pair(prediction, path, guided(x_t, T), x_t, T)
+    torch.testing.assert_close(noise, x0 - 0.5 * doubts.view(-1, 1, 1, 1) ** power * away, atol=1e-4, rtol=1e-4)
+    assert guided.evaluations == 2
+
+
+def test_where_guidance_is_off_its_power_changes_nothing(tiny_net):
+    x, y = torch.randn(2, 1, 28, 28), torch.tensor([1, 2])
+    with torch.no_grad():
+        for scale, t in (1.0, 0.4), (0.0, 0.4), (3.0, 0.7):
+            guided = Guided(tiny_net, y, scale, (0.2, 0.5), power=2.0)
+            torch.testing.assert_close(guided(x, torch.tensor(t)), Guided(tiny_net, y, scale, (0.2, 0.5))(x, torch.tensor(t)))
+            assert guided.evaluations == 1

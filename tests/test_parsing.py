@@ -75,6 +75,7 @@ def test_what_is_read_and_what_is_refused(read, texts):
         (["7", "--batch-size", "x"], ["--batch-size"]),
         (["7", "--solver", "leapfrog"], ["invalid choice", "leapfrog", "midpoint"]),
         (["7", "--guidance", "nan"], ["--guidance"]),
+        (["7", "--guidance-power", "inf"], ["--guidance-power"]),
         (["7", "--seed", "1.5"], ["--seed"]),
         (["7", "--guidance-interval", "0.9-0.2"], ["0.9-0.2", "0.2-0.9"]),
         (["7", "--spacing", "even"], ["invalid choice", "even", "uniform", "log_snr"]),

@@ -170,6 +170,17 @@ def test_guidance_acts_in_the_samplers_interval():
     assert [t for *_, t in net.seen] == pytest.approx([n / 10 for n in range(10)])
 
 
+def test_guidance_acts_by_the_samplers_power():
+    flow, y = Flow(Shades()), torch.arange(3)
+    x, t = torch.randn(3, 1, 28, 28), torch.tensor(0.5)
+    plain = flow.guided(y, Sampler(2, "euler"))(x, t)
+    levels = 20 * (y - 10) / 127.5  # from "no label" to the labels: a doubt of 28 of them, over 28 x 28 pixels
+    for power in (1.0, 2.0):
+        guided = flow.guided(y, Sampler(2, "euler", 1.01, guidance_power=power))(x, t)
+        more = 0.01 * (28 * levels.abs()) ** power * 2 * levels
+        torch.testing.assert_close(guided - plain, match_dims(more, x).expand_as(x), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("decay", ["cosine", "linear"])
 def test_the_learning_rate_moves_with_each_optimizer_step_to_its_end(tmp_path, digits, decay):
     class Rates(Callback):

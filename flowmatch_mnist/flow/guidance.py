@@ -1,13 +1,15 @@
 """Classifier-free guidance: one network is evaluated with and without the label.
 
 Sources: Ho and Salimans 2022, "Classifier-Free Diffusion Guidance"; Zheng et al. 2023, "Guided Flows" (for flows);
-Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality" (the interval).
+Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality" (the interval);
+Pavasovic et al. 2025, "Classifier-Free Guidance: From High-Dimensional Analysis to Generalized Guidance Forms" (the power).
 """
 
 import torch
 from torch import Tensor
 
-from flowmatch_mnist.flow.paths import match_dims
+from flowmatch_mnist.flow.paths import PATHS, ProbabilityPath, match_dims
+from flowmatch_mnist.flow.predictions import Prediction, pair
 from flowmatch_mnist.networks.base import Network
 
 
@@ -24,36 +26,61 @@ def guide(net: Network, x: Tensor, t: Tensor, y: Tensor, scale: float | Tensor, 
     means no label: each costs one network evaluation for each sample. Any other scale costs two, in one batch of twice the
     size. A tensor with one scale for each sample, (B,), also costs two.
     """
-    times = [time for time in (t, until) if time is not None]
-    no_labels = torch.full_like(y, net.no_label)
     if isinstance(scale, Tensor):
         scale = match_dims(scale, x)
     elif scale in (0.0, 1.0):
-        return net(x, times[0], y if scale else no_labels, *times[1:])
-    times = [torch.cat([time, time]) for time in times]
-    both = net(torch.cat([x, x]), times[0], torch.cat([y, no_labels]), *times[1:])
-    with_label, without = both.unflatten(0, (2, x.shape[0]))
+        times = [time for time in (t, until) if time is not None]
+        return net(x, times[0], y if scale else torch.full_like(y, net.no_label), *times[1:])
+    with_label, without = both(net, x, t, y, until)
     return without + scale * (with_label - without)
+
+
+def both(net: Network, x: Tensor, t: Tensor, y: Tensor, until: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the predictions with and without the label, from one batch of twice the size; for the arguments see `guide`."""
+    times = [torch.cat([time, time]) for time in (t, until) if time is not None]
+    labels = torch.cat([y, torch.full_like(y, net.no_label)])
+    with_label, without = net(torch.cat([x, x]), times[0], labels, *times[1:]).unflatten(0, (2, x.shape[0]))
+    return with_label, without
 
 
 class Guided:
     """The guided prediction for fixed labels y (B,), see `guide`.
+
+    With a power above 0, guidance is strong where the label is in doubt. The doubt of a sample is the norm of the difference
+    between two predictions of the noise, with and without the label. It is large as long as the sample could still become
+    another class. The scale of a sample is 1 + (scale - 1) doubt^power. This is the
+    power-law guidance of Pavasovic et al. 2025, with noises in place of scores.
 
     Args:
         net: the network.
         y: labels (B,).
         scale: the guidance scale.
         interval: the first and the last t with this scale, in the time of the network's path. Outside it, the scale is 1.
+        power: the power of the doubt, at least 0. 0 means the same scale for all samples.
+        path: the network's path.
+        prediction: the network's prediction target.
 
     Attributes:
         evaluations: network evaluations (NFE) for each sample so far; an evaluation with guidance counts as two.
     """
 
-    def __init__(self, net: Network, y: Tensor, scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> None:
+    def __init__(
+        self,
+        net: Network,
+        y: Tensor,
+        scale: float,
+        interval: tuple[float, float] = (0.0, 1.0),
+        power: float = 0.0,
+        path: ProbabilityPath = PATHS["linear"],
+        prediction: Prediction = "velocity",
+    ) -> None:
         self.net = net
         self.y = y
         self.scale = scale
         self.interval = interval
+        self.power = power
+        self.path = path
+        self.prediction = prediction
         self.evaluations = 0
 
     def __call__(self, x: Tensor, t: Tensor, until: Tensor | None = None) -> Tensor:
@@ -61,9 +88,13 @@ class Guided:
         start, end = self.interval
         scale = self.scale if start <= t <= end else 1.0
         self.evaluations += 1 if scale in (0.0, 1.0) else 2
-        times = [None if time is None else self._spread(time, x) for time in (t, until)]
-        assert times[0] is not None
-        return guide(self.net, x, times[0], self.y, scale, times[1])
+        at, until = self._spread(t, x), None if until is None else self._spread(until, x)
+        if not self.power or scale in (0.0, 1.0):
+            return guide(self.net, x, at, self.y, scale, until)
+        with_label, without = both(self.net, x, at, self.y, until)
+        noises = [pair(self.prediction, self.path, output, x, at)[0] for output in (with_label, without)]
+        doubt = (noises[0] - noises[1]).flatten(1).norm(dim=1)
+        return with_label + (scale - 1) * match_dims(doubt**self.power, x) * (with_label - without)
 
     @staticmethod
     def _spread(time: Tensor, x: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ class Sampler:
         guidance_interval: the first and the last t with guidance, in the time of the path that the network was trained on.
         spacing: spacing of the steps: uniform in the time of that path, or log_snr.
         churn: how much of the noise is renewed during sampling; 0 is none (the ODE), 1 is DDPM's ancestral sampling.
+        guidance_power: 0 guides all samples alike; above 0, guidance is stronger where the label is in doubt, see `Guided`.
 
     Raises:
         ValueError: if a setting is out of its range, or the settings do not work together.
@@ -41,6 +42,7 @@ class Sampler:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     spacing: Spacing = "uniform"
     churn: float = 0.0
+    guidance_power: float = 0.0
 
     def __post_init__(self) -> None:
         check_solver(self.solver, self.steps, self.spacing, self.churn)
@@ -50,6 +52,8 @@ class Sampler:
         self.guidance_interval = (start, end)  # a list, if it was read from a file
         if not 0 <= start <= end <= 1:
             raise ValueError(f"guidance_interval must satisfy 0 <= start <= end <= 1, got {start} to {end}")
+        if not 0 <= self.guidance_power < math.inf:
+            raise ValueError(f"guidance_power must be at least 0, and finite, got {self.guidance_power}")
 
     @property
     def reversible(self) -> bool:
@@ -59,8 +63,9 @@ class Sampler:
     def description(self) -> str:
         """Return the solver, the steps, the guidance and other settings that are not at their defaults, in words."""
         words = [self.solver, f"{self.steps} step{'s' * (self.steps > 1)}", f"guidance {self.guidance:g}"]
-        if self.guidance not in (0, 1) and self.guidance_interval != (0, 1):
-            words[-1] += " from t = {:g} to {:g}".format(*self.guidance_interval)
+        if self.guidance not in (0, 1):
+            words[-1] += f" with power {self.guidance_power:g}" if self.guidance_power else ""
+            words[-1] += " from t = {:g} to {:g}".format(*self.guidance_interval) if self.guidance_interval != (0, 1) else ""
         if self.spacing != "uniform":
             words.append(f"spacing {self.spacing}")
         if self.churn:
@@ -96,7 +101,8 @@ class Flow:
 
     def guided(self, y: Tensor, sampler: Sampler) -> Guided:
         """Return the network with fixed labels y (B,) and the sampler's guidance. It counts its evaluations."""
-        return Guided(self.net, y, sampler.guidance, sampler.guidance_interval)
+        how = (sampler.guidance, sampler.guidance_interval, sampler.guidance_power)
+        return Guided(self.net, y, *how, path=PATHS[self.path], prediction=self.prediction)
 
     def states(
         self,

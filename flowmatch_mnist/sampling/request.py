@@ -91,7 +91,7 @@ def draw_and_write(options: argparse.Namespace, started: float) -> None:
     given = [digit_of(file, number, options.data_dir) for file, number in options.from_image or []]
     device = options.device or default_device()
     model, flow, sampler = load_digits(PRETRAINED[options.weights] if options.weights else options.checkpoint, device)
-    settings = ("steps", "solver", "guidance", "guidance_interval", "spacing", "churn")
+    settings = ("steps", "solver", "guidance", "guidance_interval", "guidance_power", "spacing", "churn")
     sampler = with_changes(flow, sampler, {name: getattr(options, name) for name in settings})
 
     asked_labels = torch.tensor(list(chain.from_iterable(options.labels)))
