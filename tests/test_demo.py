@@ -121,10 +121,16 @@ def test_it_is_small_and_fetches_nothing_from_elsewhere(page):
         assert not re.search(r"https?://|//[a-z]+\.", path.read_text().replace("http.server", "")), path
 
 
-def test_it_draws_the_digits_that_sample_draws(page, address, tmp_path):
-    found = visit(address, "index.html#labels=0123456789&steps=3", 'href="data:image/png;base64,([^"]+)"', tmp_path)
+@pytest.mark.parametrize("power", [0, 1])
+def test_it_draws_the_digits_that_sample_draws(page, tmp_path, power):
+    shutil.copytree(page, tmp_path / "page")
+    settings = tmp_path / "page/built/settings.json"
+    settings.write_text(settings.read_text().replace('"guidance_power": 0.0', f'"guidance_power": {power}'))
+    with served(tmp_path / "page") as address:
+        found = visit(address, "index.html#labels=0123456789&steps=3", 'href="data:image/png;base64,([^"]+)"', tmp_path)
     drawn = picture(found)[2::4, 2::4, 0].reshape(30, 10, 30)[1:29, :, 1:29].transpose(1, 0, 2)
-    done = run_here("sample.py", "0-9", "--weights", "mnist", "--steps", 3, "--out", "out.npz", cwd=tmp_path)
+    options = ["--weights", "mnist", "--steps", 3, "--guidance-power", power]
+    done = run_here("sample.py", "0-9", *options, "--out", "out.npz", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "out.npz") as archive:
         off = np.abs(drawn.astype(int) - archive["images"])

@@ -78,7 +78,7 @@ function digits({ digits: field, noise, settings }) {
     y.forEach((_, n) => x.set(given.subarray(one(n), one(n) + SIZE), n * SIZE));
     states = [x];
     time.max = steps.value;
-    const asked = { guidance: Number(guidance.value), interval: own.guidance_interval };
+    const asked = { guidance: Number(guidance.value), interval: own.guidance_interval, power: own.guidance_power };
     for await (const state of dpmpp((at, t) => field.guided(at, t, y, asked), x, Number(steps.value))) {
       states.push(state);
       time.value = states.length - 1;

@@ -31,15 +31,18 @@ export class Field {
 
   /**
    * Return the velocities with guidance in an interval of t: without + scale (with - without), where "with" and "without" are
-   * the velocities with and without the label. One batch of twice the size computes both.
+   * the velocities with and without the label. One batch of twice the size computes both. With a power, the scale of a sample
+   * is 1 + (guidance - 1) doubt^power. Its doubt is the norm of the difference between the predictions of the noise.
    */
-  async guided(x, t, y, { guidance = 1, interval = [0, 1], nothing = 10 } = {}) {
+  async guided(x, t, y, { guidance = 1, interval = [0, 1], power = 0, nothing = 10 } = {}) {
     if (guidance === 1 || t < interval[0] || t > interval[1]) return this.velocity(x, t, y);
     const both = new Float32Array(2 * x.length);
     both.set(x);
     both.set(x, x.length);
     const v = await this.velocity(both, t, [...y, ...y.map(() => nothing)]);
-    return x.map((_, i) => v[x.length + i] + guidance * (v[i] - v[x.length + i]));
+    const gap = x.map((_, i) => v[i] - v[x.length + i]);
+    const doubts = y.map((_, n) => t * Math.hypot(...gap.subarray(n * this.size, (n + 1) * this.size)));
+    return x.map((_, i) => v[i] + (guidance - 1) * doubts[Math.floor(i / this.size)] ** power * gap[i]);
   }
 }
 
