@@ -185,7 +185,7 @@ def test_a_student_by_the_command_line(tiny_run, tmp_path, data_dir):
     assert sampler.solver == "average" and flow.net.spans and flow.net.span.mlp[-1].weight.abs().max() > 0
     assert not any("mean_flow" in name for name in torch.load(student, weights_only=True)["state_dict"])
     done = run_here("sample.py", 7, "--checkpoint", student, "--steps", 1, cwd=tmp_path)
-    assert done.returncode == 0 and "average, 1 step, guidance 1, 1 evaluations each" in done.stdout
+    assert done.returncode == 0 and "average, 1 step, guidance 1, 1 evaluation each" in done.stdout
 
     asked = ("sample.py", 7, "--checkpoint", teacher, "--solver", "average")
     assert_one_line_error(run_here(*asked, cwd=tmp_path), "average", "mean velocities")

@@ -122,6 +122,7 @@ def draw_and_write(options: argparse.Namespace, started: float) -> None:
             assert digits.states is not None
             shown = torch.linspace(0, len(digits.states) - 1, min(len(digits.states), FRAMES)).round().long()
             save_gif(torch.stack([grid_with_given(frame, columns, given) for frame in digits.states[shown]]), options.out)
-    how = f"{sampler.description()}, {digits.evaluations} evaluations each, seed {options.seed}"
+    evaluations = f"{digits.evaluations} evaluation{'s' * (digits.evaluations > 1)} each"
+    how = f"{sampler.description()}, {evaluations}, seed {options.seed}"
     print(f"drew {len(y)} digit{'s' * (len(y) > 1)} with {model} ({how})")
     print(f"wrote {options.out} after {time.perf_counter() - started:.1f} s")
