@@ -8,8 +8,8 @@ Pavasovic et al. 2025, "Classifier-Free Guidance: From High-Dimensional Analysis
 import torch
 from torch import Tensor
 
-from flowmatch_mnist.flow.paths import PATHS, ProbabilityPath, match_dims
-from flowmatch_mnist.flow.predictions import Prediction, pair
+from flowmatch_mnist.flow.paths import ProbabilityPath, match_dims
+from flowmatch_mnist.flow.predictions import STRAIGHT, Prediction, pair
 from flowmatch_mnist.networks.base import Network
 
 
@@ -48,8 +48,8 @@ class Guided:
 
     With a power above 0, guidance is strong where the label is in doubt. The doubt of a sample is the norm of the difference
     between two predictions of the noise, with and without the label. It is large as long as the sample could still become
-    another class. The scale of a sample is 1 + (scale - 1) doubt^power. This is the
-    power-law guidance of Pavasovic et al. 2025, with noises in place of scores.
+    another class. The scale of a sample is 1 + (scale - 1) doubt^power. This is the power-law guidance of Pavasovic et al.
+    2025, with predictions of the noise instead of scores.
 
     Args:
         net: the network.
@@ -71,7 +71,7 @@ class Guided:
         scale: float,
         interval: tuple[float, float] = (0.0, 1.0),
         power: float = 0.0,
-        path: ProbabilityPath = PATHS["linear"],
+        path: ProbabilityPath = STRAIGHT,
         prediction: Prediction = "velocity",
     ) -> None:
         self.net = net
