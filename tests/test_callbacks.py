@@ -76,7 +76,7 @@ def test_the_rate_is_of_training_alone(trainer, clock, capsys):
         clock.now, trainer.global_step = end, number
         report.on_train_batch_end(trainer, module, None, BATCH, 0)
 
-    clock.now = 1000.0
+    clock.now, trainer.global_step = 1000.0, 0
     report.on_train_start(trainer, module)
     step(1, 1000.0, 1010.0)  # which compiles
     step(2, 1020.0, 1022.0)
@@ -95,6 +95,18 @@ def test_the_rate_is_of_training_alone(trainer, clock, capsys):
     for changes in ({"sanity_checking": True}, {"is_global_zero": False}):
         report.on_validation_end(SimpleNamespace(**(vars(trainer) | changes)), module)
         assert capsys.readouterr().out == ""
+
+
+def test_the_rate_of_accumulated_gradients_is_logged_once_per_step(trainer, clock):
+    module, report = SimpleNamespace(device=torch.device("cpu")), Report()
+    trainer.global_step = 0
+    report.on_train_start(trainer, module)
+    for batch in range(1, 9):
+        report.on_train_batch_start(trainer, module, BATCH, 0)
+        clock.now, trainer.global_step = clock.now + 1, batch // 2
+        report.on_train_batch_end(trainer, module, None, BATCH, 0)
+    rate = {"speed/samples_per_second": 8 * 2}
+    assert trainer.loggers[0].log_metrics.call_args_list == [mock.call(rate, 1), mock.call(rate, 3)]
 
 
 def test_a_run_says_once_how_long_it_will_take(trainer, clock, capsys):

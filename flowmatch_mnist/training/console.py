@@ -44,7 +44,7 @@ class Bar(RichProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Read the loss of a logged step."""
-        if is_logged(trainer, trainer.global_step) and trainer.global_step:
+        if is_logged(trainer, trainer.global_step):
             self._loss = {"loss/train": round(cast(FlowMatching, pl_module).last_loss.item(), 3)}
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -70,6 +70,7 @@ class Report(Callback):
         self._before = 0.0  # seconds that the run took before it was resumed
         self._clock_start: float | None = None  # the start of the rate's clock; None while it is stopped
         self._samples = 0  # the samples since this start
+        self._step = 0  # the last finished step
         self._rate = ""  # for the line of a validation
         self._first: tuple[int, float] | None = None  # the first step of this process: its number, and the time of its end
         self._remaining_time_printed = False
@@ -88,7 +89,7 @@ class Report(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock of the whole run."""
-        self._begun = time.perf_counter()
+        self._begun, self._step = time.perf_counter(), trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock of the rate if it is stopped."""
@@ -98,12 +99,13 @@ class Report(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch. In a logged step, log the rate and stop the clock."""
+        """Count the batch. After the last batch of a logged step, log the rate and stop the clock."""
         assert self._clock_start is not None
         self._samples += len(batch[-1]) * trainer.world_size
-        if trainer.global_step == 1:
+        finished, self._step = trainer.global_step > self._step, trainer.global_step
+        if finished and trainer.global_step == 1:
             self._clock_start = None
-        elif is_logged(trainer, trainer.global_step):
+        elif finished and is_logged(trainer, trainer.global_step):
             rate = self._samples / (time.perf_counter() - self._clock_start)
             memory = memory_used(pl_module.device)
             scalars = {"speed/samples_per_second": rate, **({} if memory is None else {"speed/gpu_memory_gb": memory / 1e9})}

@@ -49,8 +49,8 @@ class Periodic(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Act if an action is due at this step."""
-        step = trainer.global_step
-        if step in self.at_steps or (self.every_n_steps and step % self.every_n_steps == 0):
+        step = trainer.global_step  # still 0 after the first batch if gradients are accumulated
+        if step in self.at_steps or (step and self.every_n_steps and step % self.every_n_steps == 0):
             self._act_once(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

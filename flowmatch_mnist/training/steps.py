@@ -20,9 +20,9 @@ def learning_rate_factor(step: int, warmup_steps: int, total_steps: float, decay
 
 
 def is_logged(trainer: Trainer, step: int) -> bool:
-    """Return whether the values of optimizer step number `step`, counted from 1, go to the loggers."""
+    """Return whether the values of optimizer step number `step`, counted from 1, go to the loggers. Step 0 never does."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return every > 0 and step % every == 0
+    return min(step, every) > 0 and step % every == 0
 
 
 def last_step(trainer: Trainer) -> int:
