@@ -53,6 +53,17 @@ def test_ddpm_weighs_the_noise_by_how_long_its_path_stays_at_a_log_snr():
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_ddpm_has_no_weight_where_its_path_never_is(path):
+    first, last = PATHS["vp"].log_snr(torch.tensor([0.0, 1.0]).double())
+    assert WEIGHTINGS["ddpm"](torch.stack([first - 0.1, last + 0.1])).tolist() == [0, 0]
+    assert WEIGHTINGS["ddpm"](torch.stack([first + 0.1, last - 0.1])).min() > 0
+    # An error of 1 in the noise, at every time of the path: its mean in the loss is 1, as on DDPM's own path.
+    t = (torch.arange(1_000_000, dtype=torch.float64) + 0.5) / 1_000_000
+    mean = loss_weight("ddpm", "noise", path, Uniform(), t).mean()
+    assert math.isclose(mean, 1, rel_tol=2e-3)
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_an_error_is_weighed_as_the_loss_weighs_it(path, prediction):
     # Two predictions at the same x_t: the loss between them, and the noise's error times the weight.

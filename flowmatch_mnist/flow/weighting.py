@@ -45,7 +45,13 @@ def effective_weight(prediction: Prediction, path: ProbabilityPath, density: Tim
 
 
 def _weight_of(prediction: Prediction, path: ProbabilityPath, density: TimeDensity) -> Callable[[Tensor], Tensor]:
-    return lambda log_snr: effective_weight(prediction, path, density, path.time(log_snr))
+    first, last = path.log_snr(torch.tensor(density.support))  # beyond these, the objective has no weight
+
+    def weight(log_snr: Tensor) -> Tensor:
+        inside = (first.to(log_snr) <= log_snr) & (log_snr <= last.to(log_snr))
+        return effective_weight(prediction, path, density, path.time(log_snr)) * inside
+
+    return weight
 
 
 def _edm(log_snr: Tensor) -> Tensor:
