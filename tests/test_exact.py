@@ -59,14 +59,27 @@ def test_pairs_that_come_later_or_without_a_label_stay_as_they_are():
         assert torch.equal((before != after).flatten(1).any(1), changed)
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on a GPU. The exact field treats all classes at once there."""
+
+    device = torch.device("cuda")
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, Elsewhere])
+def test_a_label_between_those_of_the_data_is_not_in_them_either(kind, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: torch.no_grad())
+    field = ExactField(torch.randn(6, 3), torch.tensor([0, 0, 2, 2, 2, 0]))
+    x0, x1 = torch.randn(3, 3), torch.randn(3, 3)
+    labels, t = torch.tensor([1, 2, 3]), torch.full((3,), 0.2)
+    noise, mean = (x.as_subclass(torch.Tensor) for x in field.pairs(PATHS["linear"], x0, x1.as_subclass(kind), labels, t))
+    assert [torch.equal(a, b) for a, b in zip(mean, x1, strict=True)] == [True, False, True]
+    assert [torch.equal(a, b) for a, b in zip(noise, x0, strict=True)] == [True, False, True]
+
+
 def test_all_at_once_is_the_same_as_class_by_class(monkeypatch):
-    """What a GPU does: done here on the meta device's stead, by a tensor that says it is elsewhere."""
     field, _, x0, x1, y, t = some_pairs()
     y[:10] = 3
     apart = field.pairs(PATHS["cosine"], x0, x1, y, t, until=0.6)
-
-    class Elsewhere(torch.Tensor):
-        device = torch.device("cuda")
 
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: torch.no_grad())
     together = field.pairs(PATHS["cosine"], x0, x1.as_subclass(Elsewhere), y, t, until=0.6)

@@ -39,7 +39,8 @@ class ExactField:
         order = y.argsort()
         self.data, self.labels = x1[order].flatten(1), y[order]
         self.squared_norms = self.data.square().sum(1)
-        self.counts = y.bincount().tolist()
+        counts = y.bincount()
+        self.counts, self.present = counts.tolist(), counts > 0
 
     @torch.no_grad()
     @full_float32()
@@ -52,7 +53,7 @@ class ExactField:
         each.
         """
         x_t = path.point(x0, x1, t)
-        early = (t < until) & (y < len(self.counts))
+        early = (t < until) & (y < len(self.counts)) & self.present[y.clamp(max=len(self.counts) - 1)]
         device = x1.device.type
         # 16 bits are too coarse for the distances. Autocast is disabled only if it is on: some types of devices do not have it.
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
