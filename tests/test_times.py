@@ -83,7 +83,9 @@ def test_fixed_times_cover_the_interval_and_do_not_depend_on_who_takes_them():
     torch.testing.assert_close(t, expected.float())
 
 
-@pytest.mark.parametrize("build", [lambda: LogitNormal(scale=0), lambda: Mode(2.0), lambda: Mode(-1.1)])
+@pytest.mark.parametrize(
+    "build", [lambda: LogitNormal(scale=0), lambda: LogitNormal(scale=float("nan")), lambda: Mode(2.0), lambda: Mode(-1.1)]
+)
 def test_a_density_refuses_a_scale_that_is_none(build):
     with pytest.raises(ValueError, match="scale"):
         build()

@@ -54,7 +54,8 @@ class FlowLoss:
         exact_field: the exact field of the training data; needed if `exact_until` is above 0.
 
     Raises:
-        ValueError: if a number is out of its range, or `mean_flow` is used without the linear path and prediction velocity.
+        ValueError: if a number is out of its range, `mean_flow` is used without the linear path and prediction velocity, or
+            `weighting` is used with a single training time.
     """
 
     path: PathName = "linear"
@@ -74,6 +75,8 @@ class FlowLoss:
         if self.mean_flow and (self.path, self.prediction) != ("linear", "velocity"):
             raise ValueError("mean velocities need the linear path and prediction velocity; set both, or leave out mean_flow")
         self.density: TimeDensity = self.times or LogitNormal()
+        if self.weighting and self.density.support[0] == self.density.support[1]:
+            raise ValueError("a single training time has no density, so the loss cannot be weighted; leave out the weighting")
         self.exact_field: ExactField | None = None
 
     def __call__(

@@ -92,7 +92,7 @@ class LogitNormal(TimeDensity):
     """
 
     def __init__(self, location: float = 0.0, scale: float = 1.0) -> None:
-        if scale <= 0:
+        if not 0 < scale < math.inf:
             raise ValueError(f"the scale of LogitNormal must be positive, got {scale}")
         self.location = location
         self.scale = scale

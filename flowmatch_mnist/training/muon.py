@@ -75,7 +75,10 @@ class Muon(AdamW):
         lr: learning rate of both.
         betas: AdamW's two decay rates.
         weight_decay: decoupled weight decay of both.
-        momentum: Muon's momentum (Nesterov's).
+        momentum: Muon's momentum (Nesterov's), at least 0 and less than 1.
+
+    Raises:
+        ValueError: if a number is out of its range.
     """
 
     def __init__(
@@ -86,6 +89,8 @@ class Muon(AdamW):
         weight_decay: float = 0.01,
         momentum: float = 0.95,
     ) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and less than 1, got {momentum}")
         super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
         self.momentum = momentum
 
