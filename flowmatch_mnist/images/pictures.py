@@ -69,5 +69,6 @@ def save_film(pictures: Sequence[Path], path: Path) -> None:
 def save_npz(path: Path, **arrays: Tensor) -> None:
     """Write named arrays, such as `images` uint8 (N, H, W) and `labels` int64 (N,), as a compressed NumPy archive."""
     contents: dict[str, Any] = {name: array.numpy() for name, array in arrays.items()}
-    with replacing(path) as temporary:
-        np.savez_compressed(temporary, **contents)
+    # NumPy would add .npz to a path with another ending, such as .NPZ.
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **contents)
