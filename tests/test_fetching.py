@@ -1,6 +1,7 @@
 """Where MNIST's files come from: what is asked of torchvision and npm, where it is put, and what a failure says."""
 
 import contextlib
+import errno
 import io
 import logging
 import socket
@@ -10,9 +11,11 @@ import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torchvision
+from filelock import FileLock
 
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.support.errors import UserError
@@ -103,27 +106,39 @@ def test_torchvision_is_given_twenty_seconds_for_each_answer_and_is_quiet(monkey
     assert asked == [(str(tmp_path), True, 20)] * 2 and capsys.readouterr().out == ""
 
 
+def test_where_there_are_no_locks_mnist_is_fetched_all_the_same(monkeypatch, tmp_path):
+    monkeypatch.setattr(FileLock, "acquire", mock.Mock(side_effect=OSError(errno.ENOLCK, "no locks")))
+    monkeypatch.setattr(mnist, "SOURCES", {"a friend": put})
+    mnist.prepare(tmp_path)
+    assert {path.name for path in mnist.download_folder(tmp_path).iterdir()} == set(CONTENT)
+
+
 def test_one_process_fetches_at_a_time_beside_where_the_files_go(monkeypatch, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     locked, scratch = [], []
 
-    @contextlib.contextmanager
-    def lock(path):
-        locked.append(path)
-        yield
-        locked.clear()
+    class Lock:
+        def __init__(self, path):
+            self.path = path
+
+        def acquire(self, blocking):
+            assert blocking
+            locked.append(self.path)
+
+        def release(self):
+            locked.remove(self.path)
 
     def fetch(folder):
         assert locked == [tmp_path / ".fetching.lock"]
         scratch.append(folder)
         put(folder / "deep")
 
-    monkeypatch.setattr(mnist, "FileLock", lock)
+    monkeypatch.setattr(mnist, "FileLock", Lock)
     monkeypatch.setattr(mnist, "SOURCES", {"a friend": fetch, "nobody": None})
     mnist.prepare(tmp_path)
     assert scratch[0].parent == tmp_path and scratch[0].name.startswith(".fetching-") and not scratch[0].exists()
     assert {path.name: path.read_bytes() for path in mnist.download_folder(tmp_path).iterdir()} == CONTENT
-    assert "fetching MNIST (12 MB) with a friend" in caplog.text and "nobody" not in caplog.text
+    assert locked == [] and "fetching MNIST (12 MB) with a friend" in caplog.text and "nobody" not in caplog.text
     mnist.prepare(tmp_path)
     assert len(scratch) == 1, "what is there is not fetched again"
 

@@ -24,6 +24,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from flowmatch_mnist.support.errors import UserError, one_line
+from flowmatch_mnist.support.files import acquire
 
 log = logging.getLogger(__name__)
 
@@ -154,8 +155,12 @@ def prepare(data_dir: Path) -> None:
         return
     try:
         download_folder(data_dir).mkdir(parents=True, exist_ok=True)
-        with FileLock(data_dir / ".fetching.lock"):
+        lock = FileLock(data_dir / ".fetching.lock")
+        acquire(lock)
+        try:
             _fetch_missing(data_dir)
+        finally:
+            lock.release()
     except OSError as error:
         raise UserError(f"cannot write MNIST to {data_dir}: {error.strerror or error}; {OTHER_FOLDER}") from error
 

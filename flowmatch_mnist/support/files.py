@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
 from flowmatch_mnist.support.errors import UserError
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+"""The errors of file systems that have no locks."""
 
 
 @contextmanager
@@ -50,6 +54,21 @@ def _flush(number: int) -> None:
         os.fsync(number)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+
+
+def acquire(lock: FileLock, blocking: bool = True) -> None:
+    """Acquire a lock. On a file system without locks, do nothing.
+
+    Raises:
+        Timeout: if another process has the lock, and `blocking` is False.
+    """
+    try:
+        lock.acquire(blocking=blocking)
+    except NotImplementedError:  # filelock's error on some file systems without locks
+        pass
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
             raise
 
 

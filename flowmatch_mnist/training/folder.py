@@ -1,6 +1,5 @@
 """A run's folder `<root>/<name>/version_<n>`. A run creates it before it writes, and only one run at a time trains in it."""
 
-import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,12 +10,10 @@ from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from flowmatch_mnist.support.errors import UserError
+from flowmatch_mnist.support.files import acquire
 
 FORBIDDEN = re.compile(r'[/\\:*?"<>|\x00-\x1f]|^\.|[. ]$|^$')
 """Matches a text that at least one operating system refuses as the name of a folder."""
-
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
-"""The errors of file systems that have no locks."""
 
 
 class RunFolder(Callback):
@@ -83,16 +80,11 @@ def lock_folder(folder: Path) -> FileLock:
     """
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(blocking=False)
+        acquire(lock, blocking=False)
     except Timeout as error:
         raise UserError(
             f"another run trains in {folder}; wait until it ends, or give a checkpoint's path, which starts in a new folder"
         ) from error
-    except NotImplementedError:  # filelock's error on some file systems without locks
-        pass
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
     return lock
 
 
