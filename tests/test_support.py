@@ -65,6 +65,14 @@ def ends(error, cause=None):
         (FileNotFoundError(2, "No such file", "x.png"), None, 2, "error: x.png: No such file"),
         (OSError("the disk is gone"), None, 2, "error: the disk is gone"),
         (OSError(28, "No space left"), None, 2, "error: [Errno 28] No space left"),
+        (MemoryError(), None, 2, "error: there is not enough memory; use a smaller batch, or fewer samples"),
+        (torch.OutOfMemoryError("..."), None, 2, "error: there is not enough memory; use a smaller batch, or fewer samples"),
+        (
+            RuntimeError("MPS backend out of memory"),
+            None,
+            2,
+            "error: there is not enough memory; use a smaller batch, or fewer samples",
+        ),
         (KeyboardInterrupt(), None, 130, "interrupted"),
         (SystemExit(1), KeyboardInterrupt(), 130, "interrupted"),
         (SystemExit(3), None, 3, ""),
@@ -76,6 +84,18 @@ def test_each_end_has_its_line_and_status(error, cause, status, line, capsys):
     assert ends(error, cause) == status
     out, err = capsys.readouterr()
     assert out == "" and err == (f"{line}\n" if line else "")
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.int64])
+def test_a_tensor_larger_than_any_memory_gets_one_line(kind, capsys):
+    with pytest.raises(SystemExit, match="2"), exit_on_error():
+        torch.empty(2**55, dtype=kind)
+    assert capsys.readouterr().err.startswith("error: there is not enough memory;")
+
+
+def test_an_error_of_the_program_is_not_hidden():
+    with pytest.raises(RuntimeError, match="shapes"), exit_on_error():
+        raise RuntimeError("shapes do not match")
 
 
 def test_a_mistake_on_a_command_line_is_one_line_with_where_to_look(capsys):

@@ -1,8 +1,12 @@
 """Reporting mistakes that the user can fix: one line on stderr, exit status 2, no traceback."""
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+OUT_OF_MEMORY = re.compile("^OutOfMemoryError|[Oo]ut of memory|can't allocate memory|not enough memory")
+"""Matches PyTorch's errors for lack of memory on a GPU, on an Apple GPU and on a CPU."""
 
 
 class UserError(Exception):
@@ -16,7 +20,7 @@ def one_line(message: object) -> str:
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Turn mistakes of the user, disk errors and errors of a diverged model into one line on stderr and exit status 2.
+    """Turn mistakes of the user, disk errors, lack of memory and a diverged model into one line on stderr and exit status 2.
 
     An interrupt from the keyboard exits with status 130, as shells expect.
     """
@@ -33,6 +37,11 @@ def exit_on_error() -> Iterator[None]:
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
         print(f"error: {one_line(what)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(f"{type(error).__name__} {error}"):
+            raise
+        print("error: there is not enough memory; use a smaller batch, or fewer samples", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
