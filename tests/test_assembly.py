@@ -3,6 +3,7 @@
 import logging
 import signal
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -381,9 +382,11 @@ def test_a_checkpoints_run_brings_its_config_and_its_name(tmp_path, monkeypatch)
     assert find_checkpoint("some.ckpt", None, tmp_path / "there").name == "some.ckpt"
 
 
-def test_which_run_a_checkpoint_belongs_to(tmp_path):
+def test_which_run_a_checkpoint_belongs_to(tmp_path, monkeypatch):
     path = keep(tmp_path / "renamed")
     assert run_folder(path) == tmp_path / "renamed"
+    monkeypatch.chdir(path.parent)
+    assert run_folder(Path("last.ckpt")) == tmp_path / "renamed", "given from its own folder"
     assert run_folder(tmp_path / "renamed/other/last.ckpt") is None
     (tmp_path / "renamed/config.yaml").unlink()
     assert run_folder(path) is None

@@ -5,6 +5,7 @@ from importlib import metadata
 from pathlib import Path
 
 from flowmatch_mnist.sampling.weights import newest_checkpoint
+from flowmatch_mnist.training.folder import check_name
 
 RUNS = Path("runs")
 """The default folder of all runs."""
@@ -31,6 +32,8 @@ def with_current_class_paths(text: str) -> str:
 
 def run_folder(checkpoint: Path) -> Path | None:
     """Return the folder of the run that a checkpoint belongs to, whatever its name, or None if the file is not in a run."""
+    if checkpoint.parent == Path():
+        checkpoint = checkpoint.absolute()  # given from its own folder, without the folder's name
     folder = checkpoint.parent.parent
     return folder if checkpoint.parent.name == "checkpoints" and (folder / "config.yaml").is_file() else None
 
@@ -61,7 +64,7 @@ def complete(arguments: list[str]) -> list[str]:
     `configs/mnist.yaml` if there is no such run.
 
     Raises:
-        UserError: if `--ckpt_path` is `last` or `best`, and there is no undamaged checkpoint.
+        UserError: if `--ckpt_path` is `last` or `best`, and there is no undamaged checkpoint, or `--name` is no folder's name.
     """
     arguments = [with_current_class_paths(argument) for argument in arguments]
     if arguments[:1] in (["-h"], ["--help"]):
@@ -84,6 +87,8 @@ def complete(arguments: list[str]) -> list[str]:
     checkpoint = option(arguments, "--ckpt_path")
     if checkpoint is not None:
         root, name = Path(option(arguments, "--trainer.default_root_dir") or RUNS), option(arguments, "--name")
+        if name is not None:
+            check_name(name)
         folder = run_folder(find_checkpoint(checkpoint, name, root))
         if folder is not None:
             config = folder / "config.yaml"
