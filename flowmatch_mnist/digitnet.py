@@ -23,7 +23,7 @@ from flowmatch_mnist.evaluation.evaluator import ClassifierMetrics, counts_of, d
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.images.pixels import PIXELS
 from flowmatch_mnist.support.commands import CommandParser
-from flowmatch_mnist.support.errors import exit_on_error
+from flowmatch_mnist.support.errors import UserError, exit_on_error
 from flowmatch_mnist.support.files import save_weights
 
 
@@ -116,6 +116,8 @@ def main() -> None:
     recipe = RECIPES[options.net]
     epochs = recipe.epochs if options.epochs is None else options.epochs
     seed = recipe.seed if options.seed is None else options.seed
+    if epochs < 1:
+        raise UserError("--epochs must be at least 1")
     out = options.out or weights_of(options.net)
     mnist.prepare(options.data_dir)
     training, test = mnist.load(options.data_dir, "train"), mnist.load(options.data_dir, "test")

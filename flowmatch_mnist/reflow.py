@@ -11,7 +11,7 @@ from pathlib import Path
 from flowmatch_mnist.data.reflow import SHARD, draw_pairs
 from flowmatch_mnist.sampling.weights import load, newest_or_packaged, weights_path, with_changes
 from flowmatch_mnist.support.commands import CommandParser
-from flowmatch_mnist.support.devices import default_device
+from flowmatch_mnist.support.devices import check_device, default_device
 from flowmatch_mnist.support.errors import UserError, exit_on_error
 
 
@@ -35,6 +35,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.pairs < 1 or (options.batch_size is not None and options.batch_size < 1):
         raise UserError("--pairs and --batch-size must be at least 1")
+    check_device(options.device)
     path = weights_path(options.teacher) if options.teacher else newest_or_packaged()
     flow, sampler = load(path, options.device)
     sampler = with_changes(flow, sampler, {name: getattr(options, name) for name in ("steps", "solver", "guidance")})

@@ -37,13 +37,13 @@ def labels(text: str) -> list[int]:
 
 
 def positive(text: str) -> int:
-    """Return the number in a text: a whole number of at least 1.
+    """Return the number in a text: a whole number of at least 1, and with at most nine digits.
 
     Raises:
         argparse.ArgumentTypeError: for any other text.
     """
-    if not re.fullmatch("[0-9]+", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 999999999")
     return int(text)
 
 

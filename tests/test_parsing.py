@@ -70,7 +70,8 @@ def test_what_is_read_and_what_is_refused(read, texts):
         (["seven"], ["'seven'", "0-9"]),
         (["9-0"], ["'9-0'", "0-9"]),
         ([], ["LABEL"]),
-        (["7", "--steps", "0"], ["--steps", "at least 1"]),
+        (["7", "--steps", "0"], ["--steps", "from 1 to 999999999"]),
+        (["7", "--steps", "9" * 20], ["--steps", "from 1 to 999999999"]),
         (["7", "--per-class", "0"], ["--per-class"]),
         (["7", "--batch-size", "x"], ["--batch-size"]),
         (["7", "--solver", "leapfrog"], ["invalid choice", "leapfrog", "midpoint"]),
@@ -120,6 +121,7 @@ def test_what_goes_together_is_let_through(options, tmp_path, monkeypatch):
 def test_pairs_are_one_at_least(option, value, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(devices, "default_device", lambda: "abacus")
+    monkeypatch.setattr(devices, "check_device", lambda device: None)
     monkeypatch.setattr("flowmatch_mnist.sampling.weights.load", lambda path, device: drawn.append(device) or 1 / 0)
     assert_one_line_error(run_here("flowmatch_mnist/reflow.py", option, value, cwd=tmp_path), "at least 1")
     assert not drawn

@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import run_here
+from conftest import assert_one_line_error, run_here
 from test_reflow import Known
 
 from flowmatch_mnist import digitnet
@@ -19,6 +19,7 @@ from flowmatch_mnist.flow.guidance import guide
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.networks.mlp import MLP
 from flowmatch_mnist.sampling.generate import Flow, Sampler
+from flowmatch_mnist.sampling.units import UNITS
 from flowmatch_mnist.support.files import load_weights
 
 
@@ -26,7 +27,7 @@ from flowmatch_mnist.support.files import load_weights
 def modules(tmp_path, monkeypatch, grey_digits):
     """Each kind of data module, made with the settings that a test gives."""
     monkeypatch.setattr(reflow, "SHARD", 100)
-    draw_pairs(tmp_path / "pairs", Flow(Known()), Sampler(2), 100)
+    draw_pairs(tmp_path / "pairs", Flow(Known(), units=UNITS["plane"]), Sampler(2), 100)
 
     def make(**settings):
         curve = CurveDataModule(prompted=True, samples=100, batch_size=20)
@@ -109,7 +110,7 @@ def test_pairs_keep_the_labels_they_were_drawn_for(tmp_path, monkeypatch):
     monkeypatch.setattr(reflow, "generate", lambda *a, **s: sizes.append(s["batch_size"]) or generate(*a, **s))
     draw_pairs(tmp_path, Flow(ByLabel()), Sampler(2, "euler"), 60, batch_size=7)
     assert sizes == [7, 7]
-    pairs = reflow.load_pairs(tmp_path, (2,), 10)
+    pairs = reflow.load_pairs(tmp_path, (2,), 10, "linear")
     torch.testing.assert_close(pairs["x1"].float(), pairs["y"][:, None].float().expand(-1, 2), atol=1e-2, rtol=0)
 
 
@@ -140,6 +141,7 @@ def test_the_evaluator_is_trained_as_its_options_say(tmp_path, grey_digits, monk
     assert (
         metadata["seed"] == "3" and "--epochs 1 --seed 3" in metadata["command"] and "torch" in json.loads(metadata["versions"])
     )
+    assert_one_line_error(run_here("flowmatch_mnist/digitnet.py", "--epochs", 0, cwd=tmp_path), "--epochs must be at least 1")
     other, _ = trained("--epochs", 1, "--seed", 4)
     assert not all(torch.equal(weights[name], other[name]) for name in weights)
     digitnet.train("digitnet", *mnist.load(None, "train"), epochs=2, seed=0, batch_size=300)

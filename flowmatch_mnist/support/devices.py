@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from flowmatch_mnist.support.errors import one_line
+from flowmatch_mnist.support.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -16,6 +16,14 @@ def default_device() -> str:
     """Return the type of this machine's accelerator, such as "cuda" or "mps", or "cpu" if there is none."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if found is None else found.type
+
+
+def check_device(device: str) -> None:
+    """Raise UserError if this computer cannot compute on a device of this name."""
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"there is no device {device!r} on this computer; use --device cpu") from error
 
 
 def compile_in_place(net: nn.Module, device: torch.device, mode: str | None) -> None:
