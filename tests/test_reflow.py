@@ -12,6 +12,7 @@ from flowmatch_mnist.flow.paths import PATHS
 from flowmatch_mnist.flow.solvers import time_grid, trajectory
 from flowmatch_mnist.networks.base import Network
 from flowmatch_mnist.sampling.generate import Flow, Sampler
+from flowmatch_mnist.sampling.units import UNITS
 from flowmatch_mnist.support.errors import UserError
 from flowmatch_mnist.support.files import load_weights, save_weights
 
@@ -33,6 +34,10 @@ class Known(Network):
         return Gaussian(PATHS["linear"], "velocity", self.mean)(x, t)
 
 
+def flow(net=None):
+    return Flow(net or Known(), units=UNITS["plane"])
+
+
 @pytest.fixture
 def small_shards(monkeypatch):
     monkeypatch.setattr(reflow, "SHARD", 100)
@@ -41,12 +46,12 @@ def small_shards(monkeypatch):
 @pytest.fixture
 def drawn(tmp_path, small_shards):
     """A folder of 300 pairs in three files."""
-    draw_pairs(tmp_path / "pairs", Flow(Known()), EXACT, 300)
+    draw_pairs(tmp_path / "pairs", flow(), EXACT, 300)
     return tmp_path / "pairs"
 
 
 def test_pairs_are_the_ends_of_trajectories(drawn):
-    pairs = load_pairs(drawn, (2,), 10)
+    pairs = load_pairs(drawn, (2,), 10, "plane")
     assert pairs["x0"].shape == (300, 2) and pairs["x0"].dtype == torch.float16
     # The flow of a Gaussian takes x0 to MEAN + SPREAD x0.
     torch.testing.assert_close(pairs["x1"].float(), MEAN + SPREAD * pairs["x0"].float(), atol=2e-3, rtol=0)
@@ -56,8 +61,8 @@ def test_pairs_are_the_ends_of_trajectories(drawn):
 def test_reflow_keeps_the_marginals_and_straightens(tmp_path, monkeypatch):
     """The best student, E[x1 - x0 | x_t] over the pairs, carries noise to the same Gaussian, now on straight lines."""
     monkeypatch.setattr(reflow, "SHARD", 2000)
-    draw_pairs(tmp_path, Flow(Known()), EXACT, 4000)
-    pairs = load_pairs(tmp_path, (2,), 10)
+    draw_pairs(tmp_path, flow(), EXACT, 4000)
+    pairs = load_pairs(tmp_path, (2,), 10, "plane")
     x0, x1 = pairs["x0"].double(), pairs["x1"].double()
 
     def student(x, t):
@@ -86,13 +91,13 @@ def test_straightness_of_a_known_curve():
 
 
 def test_a_drawing_goes_on_where_it_stopped(drawn, tmp_path):
-    whole = load_pairs(drawn, (2,), 10)
+    whole = load_pairs(drawn, (2,), 10, "plane")
     kept = shard_path(drawn, 0).stat().st_mtime_ns
     shard_path(drawn, 1).unlink()
     shard_path(drawn, 2).write_bytes(shard_path(drawn, 2).read_bytes()[:500])
-    assert draw_pairs(drawn, Flow(Known()), EXACT, 300) == (3, 2)
+    assert draw_pairs(drawn, flow(), EXACT, 300) == (3, 2)
     assert shard_path(drawn, 0).stat().st_mtime_ns == kept
-    again = load_pairs(drawn, (2,), 10)
+    again = load_pairs(drawn, (2,), 10, "plane")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
@@ -101,29 +106,31 @@ def test_another_drawing_does_not_mix_in(drawn, other):
     net = Known()
     if other.pop("flow", None):
         torch.nn.init.ones_(net.label.weight)
-    wanted = {"flow": Flow(net), "sampler": EXACT, "count": 300} | other
+    wanted = {"flow": flow(net), "sampler": EXACT, "count": 300} | other
     with pytest.raises(UserError, match="another"):
         draw_pairs(drawn, **wanted)
 
 
 def test_bad_pairs_are_refused(drawn):
     with pytest.raises(UserError, match="shape"):
-        load_pairs(drawn, (1, 28, 28), 10)
+        load_pairs(drawn, (1, 28, 28), 10, "plane")
     with pytest.raises(UserError, match="labels 0 to 4"):
-        load_pairs(drawn, (2,), 5)
+        load_pairs(drawn, (2,), 5, "plane")
+    with pytest.raises(UserError, match="pairs in plane units, but the config's data have logit units"):
+        load_pairs(drawn, (2,), 10, "logit")
     pairs, metadata = load_weights(shard_path(drawn, 1))
     save_weights(shard_path(drawn, 1), pairs, {**metadata, "seed": "7"})
     with pytest.raises(UserError, match="different sets of pairs"):
-        load_pairs(drawn, (2,), 10)
+        load_pairs(drawn, (2,), 10, "plane")
     shard_path(drawn, 1).write_bytes(b"truncated")
     with pytest.raises(UserError, match="damaged"):
-        load_pairs(drawn, (2,), 10)
+        load_pairs(drawn, (2,), 10, "plane")
     pairs, metadata = load_weights(shard_path(drawn, 0))
     save_weights(shard_path(drawn, 0), pairs, {**metadata, "path": "cosine"})
     with pytest.raises(UserError, match="linear path, but has pairs of cosine"):
-        load_pairs(drawn, (2,), 10)
+        load_pairs(drawn, (2,), 10, "plane")
     with pytest.raises(UserError, match="draw some with"):
-        load_pairs(drawn / "nowhere", (2,), 10)
+        load_pairs(drawn / "nowhere", (2,), 10, "plane")
 
 
 def test_the_data_module_yields_the_pairs_themselves(drawn, small_shards):
@@ -165,5 +172,7 @@ def test_twice_in_a_row_by_the_command_line(tmp_path, data_dir):
     assert_one_line_error(run_here("flowmatch_mnist/reflow.py", *mixed, cwd=tmp_path), "pairs0", "another")
     cosine = (*student, *small, "--data.pairs", "pairs0", "--model.path", "cosine")
     assert_one_line_error(run_here("train.py", *cosine, cwd=tmp_path), "straight lines", "cosine")
+    nowhere = ("--teacher", "few-step", "--out", "other", "--device", "abacus")
+    assert_one_line_error(run_here("flowmatch_mnist/reflow.py", *nowhere, cwd=tmp_path), "no device 'abacus'")
     foreign = (*student, *small, "--data.pairs", "pairs0", "--model.start", "mnist")
     assert_one_line_error(run_here("train.py", *foreign, cwd=tmp_path), "mnist.safetensors", "do not fit")

@@ -107,7 +107,7 @@ def test_reflow_of_a_teacher_with_labels_from_end_to_end(tmp_path):
     command(tmp_path, "train.py", "fit", *teacher, *fast, "--trainer.max_epochs", 5)
     command(tmp_path, "flowmatch_mnist/reflow.py", "--pairs", 2500, "--steps", 8, "--out", "pairs")
 
-    pairs = load_pairs(tmp_path / "pairs", (2,), 10)
+    pairs = load_pairs(tmp_path / "pairs", (2,), 10, "plane")
     points = UNITS["plane"].decode(pairs["x1"].float())
     meant = Curve(10).segment(points[:, 0].clamp(0, LENGTH)) == pairs["y"]
     assert set(pairs["y"].tolist()) == set(range(10)) and meant.double().mean() > 0.8

@@ -21,6 +21,8 @@ from flowmatch_mnist.data.pairs import PairsDataModule
 from flowmatch_mnist.evaluation.problems import Labelled
 from flowmatch_mnist.flow.paths import PathName
 from flowmatch_mnist.sampling.generate import Flow, Sampler, generate
+from flowmatch_mnist.sampling.units import UnitsName
+from flowmatch_mnist.sampling.weights import with_units
 from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.errors import UserError
 from flowmatch_mnist.support.files import digest, load_weights, save_weights
@@ -107,16 +109,17 @@ def draw_pairs(
     return shards, len(missing)
 
 
-def load_pairs(folder: Path, shape: tuple[int, ...], classes: int) -> dict[str, Tensor]:
+def load_pairs(folder: Path, shape: tuple[int, ...], classes: int, units: UnitsName) -> dict[str, Tensor]:
     """Load all pairs of a folder: x0, x1 float16 (N, *shape), y int64 (N,).
 
     Args:
         folder: a folder that `draw_pairs` has filled.
         shape: the shape of a sample.
         classes: the number of classes; labels are smaller.
+        units: the units of the samples.
 
     Raises:
-        UserError: if files are missing or damaged, do not fit the shape, classes or path, or belong to different sets.
+        UserError: if files are missing or damaged, do not fit the shape, classes, units or path, or belong to different sets.
     """
     first = shard_path(folder, 0)
     if not first.is_file():
@@ -125,6 +128,10 @@ def load_pairs(folder: Path, shape: tuple[int, ...], classes: int) -> dict[str, 
     if metadata.get("path") != LINE:
         raise UserError(
             f"{first} must have pairs of the {LINE} path, but has pairs of {metadata.get('path')}; draw the pairs again"
+        )
+    if (theirs := with_units(json.loads(metadata["flow"]))["units"]) != units:
+        raise UserError(
+            f"{first} has pairs in {theirs} units, but the config's data have {units} units; use the data of the pairs' teacher"
         )
     shards = []
     for shard_index in range(int(metadata["shards"])):
@@ -193,7 +200,7 @@ class ReflowDataModule(PairsDataModule):
         self.teachers_data.setup(stage)
         if stage == "predict" or self.splits:
             return
-        pairs = load_pairs(self.folder, self.problem.shape, self.problem.classes)
+        pairs = load_pairs(self.folder, self.problem.shape, self.problem.classes, self.problem.units.name)
         everything = (pairs["x1"], pairs["y"], pairs["x0"])
         if not 0 < self.val_size <= len(pairs["y"]) - self.batch_size:
             raise UserError(
