@@ -75,7 +75,7 @@ def test_the_defaults_are_those_that_the_scores_are_of():
     [
         (Sampler(1, "euler", 2.0), "euler, 1 step, guidance 2"),
         (Sampler(2, "euler", 2.0, (0.1, 1.0)), "euler, 2 steps, guidance 2 from t = 0.1 to 1"),
-        (Sampler(2, "euler", 0.0, (0.1, 0.9)), "euler, 2 steps, guidance 0"),
+        (Sampler(2, "euler", 0.0, (0.1, 0.9)), "euler, 2 steps, guidance 0 from t = 0.1 to 0.9"),
         (Sampler(2, "euler", 2.0, guidance_power=1.5), "euler, 2 steps, guidance 2 with power 1.5"),
         (
             Sampler(2, "euler", 2.0, (0.1, 1.0), guidance_power=1),
@@ -118,6 +118,15 @@ def test_mean_velocities_are_asked_of_who_knows_them_alone():
     flow, sampler = Flow(Shades()), Sampler(1, "average")
     with pytest.raises(ValueError, match=r"meanflow\.yaml"):
         flow.states(flow.guided(torch.arange(2), sampler), torch.randn(2, 1, 28, 28), sampler)
+
+
+def test_a_network_of_one_step_takes_one_step():
+    flow = Flow(Shades(), one_step=True)
+    for sampler in (Sampler(2, "euler"), Sampler(1, "heun"), Sampler(1, "dopri5")):
+        with pytest.raises(ValueError, match="only the one step from noise to data"):
+            flow.check(sampler)
+    flow.check(Sampler(1, "euler"))
+    assert flow.describe(Sampler(1, "euler"))["one_step"] is True and "one_step" not in Flow(Shades()).describe(Sampler())
 
 
 def test_between_noises_of_one_direction_the_way_is_straight():

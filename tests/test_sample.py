@@ -55,6 +55,8 @@ def test_a_range_makes_a_column_of_each_and_a_list_keeps_its_order(tiny_run):
     assert images.shape == (80, 28, 28) and images.dtype == np.uint8
     assert labels.dtype == np.int64 and labels.tolist() == [*range(10)] * 8
     assert arrays(tiny_run, "3", "1", "4-5", "--steps", 1)[1].tolist() == [3, 1, 4, 5]
+    sample(tiny_run, "7", "--steps", 1, "--out", "capitals/ARRAYS.NPZ")
+    assert [path.name for path in (tiny_run / "capitals").iterdir()] == ["ARRAYS.NPZ"]
     sample(tiny_run, "0-9", "--per-class", 2, "--steps", 1, "--out", "new/folder/grid.png")
     with Image.open(tiny_run / "new/folder/grid.png") as picture:
         assert picture.size == (10 * 30 * 4, 2 * 30 * 4)
@@ -270,6 +272,12 @@ def test_an_animation_shows_each_state_for_a_while_and_holds_the_last(tmp_path):
         with Image.open(tmp_path / "way.gif") as picture:
             shown = [(frame.info["duration"], frame.convert("L").getpixel((1, 1))) for frame in ImageSequence.Iterator(picture)]
             assert shown == [*zip(durations, (0, 50, 100), strict=True)] and picture.info["loop"] == 0
+
+
+@pytest.mark.parametrize("option", [("--steps", 4), ("--solver", "heun"), ("--from-image", "test:0")])
+def test_a_network_of_one_step_is_not_asked_for_more(tmp_path, data_dir, option):
+    done = run_here("sample.py", 7, "--weights", "one-step", *option, "--data-dir", data_dir, cwd=tmp_path)
+    assert_one_line_error(done, "only the one step from noise to data", "other weights")
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):

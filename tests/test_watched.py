@@ -15,6 +15,7 @@ from flowmatch_mnist.data.digits import MNISTDataModule
 from flowmatch_mnist.evaluation.estimates import Estimate, Measurement
 from flowmatch_mnist.evaluation.problems import Digits, OtherImages, labels_like
 from flowmatch_mnist.flow.paths import match_dims
+from flowmatch_mnist.flow.times import Start
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.images.pictures import MARK
 from flowmatch_mnist.networks.base import Network
@@ -206,6 +207,12 @@ def test_muon_follows_its_recurrence():
         torch.testing.assert_close(kernel.detach(), expected)
 
 
+@pytest.mark.parametrize("momentum", [1.0, -0.1, float("nan")])
+def test_muon_refuses_a_momentum_that_never_moves_or_has_no_sense(momentum):
+    with pytest.raises(ValueError, match="momentum"):
+        Muon([nn.Parameter(torch.ones(1))], momentum=momentum)
+
+
 class Scores(Callback):
     """Logs a number in each validation, which falls and rises again."""
 
@@ -262,6 +269,14 @@ def test_pictures_and_scores_come_when_they_are_asked_for(tmp_path, digits, kind
     assert done == (steps if when or kind is DrawSamples else [])
 
 
+def test_a_step_of_several_batches_counts_once(tmp_path, digits):
+    done = []
+    periodic = DrawSamples(0, every_n_steps=1)
+    periodic.act = lambda trainer, module: done.append(trainer.global_step)
+    fit(tmp_path, digits, periodic, limit_train_batches=6, accumulate_grad_batches=2)
+    assert done == [1, 2, 3]
+
+
 @pytest.mark.parametrize(("kind", "room"), [(DrawSamples, drawing), (Evaluate, evaluation)])
 def test_pictures_and_scores_are_of_the_noise_and_number_asked_for(tmp_path, digits, monkeypatch, kind, room):
     monkeypatch.setattr(Trainer, "log_dir", tmp_path)
@@ -282,10 +297,13 @@ MEASURED = Measurement("score", Estimate(0.5, 0.01), Estimate(0.25, 0.0))
 def test_quality_is_measured_by_each_number_of_steps(tmp_path, digits, monkeypatch):
     monkeypatch.setattr(digits.problem, "headlines", ("quality/score",))
     monkeypatch.setattr(digits.problem, "scorer", lambda *_: lambda samples: [MEASURED])
-    points = Evaluate(samples=20, steps=(3, 1, 3)).by_steps(*fit(tmp_path, digits), "val")
+    trainer, module = fit(tmp_path, digits)
+    points = Evaluate(samples=20, steps=(3, 1, 3)).by_steps(trainer, module, "val")
     assert points == [
         {"steps": n, "evaluations": n, "samples": 20, "scores": {"score": {"value": 0.5, "error": 0.01}}} for n in (1, 3)
     ]
+    module.objective.density = Start()  # the network of a single step is not measured with more
+    assert Evaluate(samples=20, steps=(3, 1, 3)).by_steps(trainer, module, "val") == points[:1]
 
 
 def test_validation_measures_as_many_samples_as_it_is_asked_for(tmp_path, digits, monkeypatch, capsys):

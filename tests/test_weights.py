@@ -54,8 +54,28 @@ def test_a_network_comes_ready_to_sample(tmp_path):
     save(tmp_path / "net.safetensors", Flow(UNet(**SMALL)), Sampler(), {})
     net = load(tmp_path / "net.safetensors")[0].net
     assert not net.training and net.middle.blocks[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
-    teacher = load_teacher(str(tmp_path / "net.safetensors"), UNet(**SMALL), torch.device("cpu"))
+    teacher = load_teacher(str(tmp_path / "net.safetensors"), Flow(UNet(**SMALL)), torch.device("cpu"))
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize(
+    ("student", "words"),
+    [
+        (Flow(UNet(**SMALL), units=UNITS["logit"]), "in linear units, but the student draws .* in logit units"),
+        (Flow(UNet(**SMALL, classes=5)), "10 classes .* but the student draws 5 classes"),
+        (Flow(UNet(**SMALL, image_size=32)), "28, 28.* but the student draws .*32, 32"),
+    ],
+)
+def test_a_teacher_draws_what_its_student_draws(tmp_path, student, words):
+    save(tmp_path / "net.safetensors", Flow(UNet(**SMALL)), Sampler(), {})
+    with pytest.raises(UserError, match=words):
+        load_teacher(str(tmp_path / "net.safetensors"), student, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("one_step", [True, False])
+def test_a_file_says_whether_its_network_knows_one_step_alone(tmp_path, one_step):
+    save(tmp_path / "net.safetensors", Flow(UNet(**SMALL), one_step=one_step), Sampler(1, "euler"), {})
+    assert load(tmp_path / "net.safetensors")[0].one_step is one_step
 
 
 def test_units_are_called_by_their_names():

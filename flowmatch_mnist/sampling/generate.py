@@ -26,7 +26,7 @@ class Sampler:
     Args:
         steps: number of steps from noise to data, at least 1.
         solver: euler, midpoint, heun, rk4, dpmpp_2m, average or dopri5; see `solvers.trajectory`.
-        guidance: classifier-free guidance scale; 1 is off and 0 ignores the label.
+        guidance: classifier-free guidance scale; 1 is off, and 0 ignores the label in the interval.
         guidance_interval: the first and the last t with guidance, in the time of the path that the network was trained on.
         spacing: spacing of the steps: uniform in the time of that path, or log_snr.
         churn: how much of the noise is renewed during sampling; 0 is none (the ODE), 1 is DDPM's ancestral sampling.
@@ -63,7 +63,7 @@ class Sampler:
     def description(self) -> str:
         """Return the solver, the steps, the guidance and other settings that are not at their defaults, in words."""
         words = [self.solver, f"{self.steps} step{'s' * (self.steps > 1)}", f"guidance {self.guidance:g}"]
-        if self.guidance not in (0, 1):
+        if self.guidance != 1:
             words[-1] += f" with power {self.guidance_power:g}" if self.guidance_power else ""
             words[-1] += " from t = {:g} to {:g}".format(*self.guidance_interval) if self.guidance_interval != (0, 1) else ""
         if self.spacing != "uniform":
@@ -82,17 +82,21 @@ class Flow:
         path: the name of the path that the network was trained on.
         prediction: the network's prediction target.
         units: the units of its samples.
+        one_step: whether the network learned only the one step from noise to data, as in `configs/distill.yaml`.
     """
 
     net: Network
     path: PathName = "linear"
     prediction: Prediction = "velocity"
     units: Units = UNITS["linear"]
+    one_step: bool = False
 
     def check(self, sampler: Sampler) -> None:
-        """Raise ValueError if the sampler needs mean velocities, and the network does not predict them."""
+        """Raise ValueError if the sampler needs mean velocities, or several steps, that the network did not learn."""
         if sampler.solver == "average" and not self.net.spans:
             raise ValueError("solver average needs a network of mean velocities (configs/meanflow.yaml); use another solver")
+        if self.one_step and (sampler.steps > 1 or sampler.solver not in ("average", "euler")):
+            raise ValueError("the network learned only the one step from noise to data; use 1 step, or other weights")
 
     def times(self, sampler: Sampler) -> list[float]:
         """Return the times of the sampler's steps on the straight path, from 0 to 1."""
@@ -125,8 +129,7 @@ class Flow:
             times: the times of the steps on the straight path, from 0 to 1; by default the sampler's.
 
         Raises:
-            ValueError: if the network does not support the sampler, or if `backwards` is used with churn or with a solver that
-                needs rising times.
+            ValueError: if the network does not support the sampler, or `backwards` is used with one that is not reversible.
             FloatingPointError: if a state is not finite.
         """
         self.check(sampler)
@@ -147,6 +150,7 @@ class Flow:
             "prediction": self.prediction,
             "units": self.units.name,
             "sampler": asdict(sampler) | {"guidance_interval": list(sampler.guidance_interval)},
+            **({"one_step": True} if self.one_step else {}),
         }
 
 
@@ -233,8 +237,7 @@ def generate(
     source = streams.generator("cpu", seed, "sampling")
     was_training = net.training
     net.eval()
-    kept = []
-    evaluations, done = 0, 0
+    kept, evaluations, done = list[Tensor](), 0, 0
     for y in labels.split(batch_size or default_batch_size(device)):
         guided = flow.guided(y.to(device, non_blocking=True), sampler)
         x0 = draw_noise(len(y), net.shape, source) if noise is None else noise[done : done + len(y)]

@@ -15,7 +15,7 @@ from torch import Tensor
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.images.pictures import grid, save_gif, save_npz, save_png
 from flowmatch_mnist.images.strokes import prepare
-from flowmatch_mnist.sampling.generate import Flow, draw_noise, generate, interpolate, invert
+from flowmatch_mnist.sampling.generate import INVERSION_SAMPLER, Flow, draw_noise, generate, interpolate, invert
 from flowmatch_mnist.sampling.weights import load_digits, with_changes
 from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.choices import PRETRAINED
@@ -66,7 +66,12 @@ def noises(options: argparse.Namespace, given: list[tuple[Tensor, int]], columns
         columns: the number of columns of the grid.
         rows: the number of rows of the grid.
         flow: the flow that carries the noise to the digits.
+
+    Raises:
+        UserError: if there are digits, and the network learned too little to find their noise.
     """
+    if given:
+        with_changes(flow, INVERSION_SAMPLER, {})
     found = [invert(flow, flow.units.encode(digit[None]), torch.tensor([label]))[0] for digit, label in given]
     if not options.interpolate:
         return torch.stack(found * columns) if found else None

@@ -21,6 +21,7 @@ from flowmatch_mnist.sampling.generate import Flow, Sampler, Samples, generate
 from flowmatch_mnist.sampling.units import UNITS
 from flowmatch_mnist.support.choices import PRETRAINED
 from flowmatch_mnist.support.commands import as_typed
+from flowmatch_mnist.support.devices import check_device
 from flowmatch_mnist.support.errors import UserError, one_line
 from flowmatch_mnist.support.files import find_damage, load_checkpoint, load_weights, save_weights
 
@@ -133,22 +134,24 @@ def warm_start(net: Network, path: Path) -> None:
     net.load_state_dict(weights, strict=False)
 
 
-def load_teacher(weights: str, student: Network, device: torch.device) -> Network:
+def load_teacher(weights: str, student: Flow, device: torch.device) -> Network:
     """Return a teacher network: a student can learn from its velocity on the linear path.
 
     The weights are a file, or a name of weights in the package.
 
     Raises:
-        UserError: if the file cannot be read, the teacher's samples or labels differ from the student's, or the teacher has
-            another path or prediction target.
+        UserError: if the file cannot be read, the teacher's samples, their units or their labels differ from the student's, or
+            the teacher has another path or prediction target.
     """
     flow, _ = load(weights_path(weights), device)
     if (flow.path, flow.prediction) != ("linear", "velocity"):
         raise UserError(
             f"the teacher {weights} predicts {flow.prediction} on the {flow.path} path; use one for velocity on the linear path"
         )
-    if (flow.net.shape, flow.net.no_label) != (student.shape, student.no_label):
-        theirs, ours = (f"{net.no_label} classes of shape {tuple(net.shape)}" for net in (flow.net, student))
+    theirs, ours = (
+        f"{some.net.no_label} classes of shape {tuple(some.net.shape)} in {some.units.name} units" for some in (flow, student)
+    )
+    if theirs != ours:
         raise UserError(f"the teacher {weights} draws {theirs}, but the student draws {ours}; use another teacher")
     return flow.net.requires_grad_(False)
 
@@ -181,7 +184,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[Flow, Sampler]
         raise UserError(f"the weights in {path} do not fit its network: {one_line(error)[:200]}; use another file") from error
     # With channels last, convolutions are about 1.5 times as fast, on CPUs too.
     net.to(memory_format=torch.channels_last)
-    return Flow(net.to(device).eval(), description["path"], description["prediction"], units), sampler
+    one_step = description.get("one_step") is True
+    return Flow(net.to(device).eval(), description["path"], description["prediction"], units, one_step), sampler
 
 
 def with_changes(flow: Flow, sampler: Sampler, asked: Mapping[str, Any]) -> Sampler:
@@ -232,10 +236,7 @@ def load_digits(path: Path | None, device: str) -> tuple[Path, Flow, Sampler]:
     Raises:
         UserError: as `load` does, and if the device does not exist, or the model draws other samples than digits.
     """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"there is no device {device!r} on this computer; use --device cpu") from error
+    check_device(device)
     path = path or newest_or_packaged()
     flow, sampler = load(path, device)
     if flow.net.shape != (1, 28, 28) or flow.net.no_label != 10:

@@ -51,7 +51,8 @@ class Evaluate(Periodic):
         at_steps: additional steps at which to measure.
         samples: number of samples for each measurement during training.
         test_samples: number of samples in `validate` and `test`.
-        steps: numbers of sampler steps. For each of them, `validate` and `test` draw and measure `samples` more samples.
+        steps: numbers of sampler steps. For each of them, `validate` and `test` draw and measure `samples` more samples. A
+            network that learned only one step is measured with one step.
         seed: random seed of the noise.
 
     Raises:
@@ -166,7 +167,7 @@ class Evaluate(Periodic):
         if not headlines or module.sampler.solver == "dopri5":  # dopri5 chooses its own steps
             return []
         points: list[dict[str, Any]] = []
-        for steps in self.steps:
+        for steps in (number for number in self.steps if number == 1 or not module.flow.one_step):
             samples = self.sample(trainer, module, replace(module.sampler, steps=steps), split, self.samples)
             if trainer.is_global_zero:
                 measurements = self.measure(trainer, module, samples, split)
