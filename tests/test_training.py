@@ -174,6 +174,16 @@ def test_trains_in_bf16_with_clipped_gradients_and_keeps_weights_in_fp32(data_di
     assert {p.dtype for p in module.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("limit", [0, -1, -0.5])
+def test_a_limit_of_zero_or_less_clips_no_gradients(data_dir, tmp_path, limit):
+    weights = []
+    for value in (None, limit):
+        trainer, module, data = make(data_dir, tmp_path, [], gradient_clip_val=value)
+        trainer.fit(module, data)
+        weights.append(torch.nn.utils.parameters_to_vector(module.net.parameters()))
+    assert torch.equal(*weights)
+
+
 def test_the_report_prints_a_line_for_each_epoch(data_dir, tmp_path, capsys):
     trainer, module, data = make(data_dir, tmp_path, [Report()], log_every_n_steps=2)
     trainer.fit(module, data)

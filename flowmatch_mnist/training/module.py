@@ -24,7 +24,7 @@ from flowmatch_mnist.sampling.units import UNITS
 from flowmatch_mnist.sampling.weights import DESCRIPTION_KEY, load_teacher, warm_start, weights_path
 from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.devices import compile_in_place
-from flowmatch_mnist.support.errors import UserError
+from flowmatch_mnist.support.errors import UserError, one_line
 from flowmatch_mnist.training.gradients import GradientWatch
 from flowmatch_mnist.training.internals import unscale_before_clipping
 from flowmatch_mnist.training.steps import Decay, is_logged, learning_rate_factor
@@ -113,7 +113,8 @@ class FlowMatching(LightningModule):
     @property
     def flow(self) -> Flow:
         """The network, and the meaning of its output."""
-        return Flow(self.net, self.objective.path, self.objective.prediction, self.units)
+        one_step = self.objective.density.support[1] == 0
+        return Flow(self.net, self.objective.path, self.objective.prediction, self.units, one_step)
 
     def check_data_and_set_units(self, data: PairsDataModule) -> None:
         """Check that the data fit the network and the path, and use their units.
@@ -159,7 +160,7 @@ class FlowMatching(LightningModule):
         Raises:
             UserError: if the teacher does not load, or the data have no exact field.
         """
-        self.objective.prepare(lambda teacher: load_teacher(teacher, self.net, self.device))
+        self.objective.prepare(lambda teacher: load_teacher(teacher, self.flow, self.device))
         if self.objective.exact_until and not self.prepare_exact_field():
             raise UserError(
                 "exact_until needs data without dequantization, and noise that is independent of the data; set "
@@ -218,8 +219,11 @@ class FlowMatching(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradients as the trainer asks. To clip by the norm, use the norm that was just computed."""
-        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+        """Clip the gradients as the trainer asks. To clip by the norm, use the norm that was just computed.
+
+        A limit of 0 or less means no clipping.
+        """
+        if gradient_clip_val and gradient_clip_val > 0 and gradient_clip_algorithm in (None, "norm"):
             torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self._norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -271,7 +275,10 @@ class FlowMatching(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer, and the schedule that warms up and decays its learning rate by steps."""
-        optimizer = self.optimizer(self.parameters())
+        try:
+            optimizer = self.optimizer(self.parameters())
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"model.optimizer does not work: {one_line(error)}; correct its settings") from error
         unscale_before_clipping(optimizer)
 
         def factor(step: int) -> float:
