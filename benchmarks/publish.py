@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="steps of its sampler (default: as in its config)")
     parser.add_argument("--guidance", type=float, help="guidance scale of its sampler (default: as in its config)")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("FROM", "TO"), help="range of t with guidance")
+    parser.add_argument("--guidance-power", type=float, help="power of its guidance (default: as in its config)")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--device", default=default_device())
     options = parser.parse_args()
@@ -56,7 +57,7 @@ def main() -> None:
     score = Judge(options.data_dir, options.device)
     for name in options.names:
         checkpoint, flow, sampler = load_digits(options.checkpoint or PRETRAINED[name], options.device)
-        asked = {what: getattr(options, what) for what in ("steps", "guidance", "guidance_interval")}
+        asked = {what: getattr(options, what) for what in ("steps", "guidance", "guidance_interval", "guidance_power")}
         sampler = with_changes(flow, sampler, asked)
         flow.net.half().float()  # rounded to the numbers that the file holds
         scores = {
