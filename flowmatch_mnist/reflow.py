@@ -1,6 +1,6 @@
 """Draw pairs of noise and data with a teacher. A student of reflow trains on these pairs.
 
-    python -m flowmatch_mnist.reflow --pairs 20000 --out pairs
+    python -m flowmatch_mnist.reflow --teacher few-step --pairs 80000 --out pairs
     python train.py --config configs/reflow.yaml
 
 `data/reflow.py` explains reflow.

@@ -97,7 +97,13 @@ def parse() -> argparse.Namespace:
     add("--checkpoint", type=Path, metavar="FILE", help="the model's checkpoint (default: last.ckpt of the newest run, if any)")
     add("--weights", choices=PRETRAINED, help="trained weights in the package as the model (default without a run: mnist)")
     add = parser.add_argument
-    add("--out", type=Path, default="digits.png", metavar="FILE", help="a grid .png, arrays .npz, or an animation .gif")
+    add(
+        "--out",
+        type=Path,
+        default="digits.png",
+        metavar="FILE",
+        help="a .png (grid), .npz (arrays) or .gif (animation); default: digits.png",
+    )
     add("--seed", type=int, default=0, help="random seed of the noise (default: 0)")
     add("--batch-size", type=positive, metavar="N", help="digits drawn at a time (default: 100 on a CPU, 1000 on a GPU)")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if available)")
@@ -111,7 +117,7 @@ def parse() -> argparse.Namespace:
     add("--churn", type=finite, help="noise renewed during sampling: 0 is the ODE, 1 is DDPM's ancestral sampling")
     group = parser.add_argument_group("noise to start from (default: drawn from the seed)")
     add = group.add_argument
-    add("--interpolate", type=positive, metavar="N", help="N noises in each row, along the sphere from one noise to another")
+    add("--interpolate", type=positive, metavar="N", help="N digits in each row, whose noise changes from one noise to another")
     add(
         "--from-image",
         type=image,

@@ -241,5 +241,5 @@ def load_digits(path: Path | None, device: str) -> tuple[Path, Flow, Sampler]:
     flow, sampler = load(path, device)
     if flow.net.shape != (1, 28, 28) or flow.net.no_label != 10:
         drawn = f"{flow.net.no_label} classes of shape {tuple(flow.net.shape)}"
-        raise UserError(f"{path} draws no digits (it draws {drawn}); use another --checkpoint")
+        raise UserError(f"{path} draws no digits (it draws {drawn}); use another --checkpoint, or `sample.py --weights mnist`")
     return path, flow, sampler
