@@ -270,6 +270,7 @@ ASSUMPTIONS = {
     "flow/guidance.py": {"item": 1},  # of a time on the CPU
     "flow/meanflow.py": {"type": 1},  # autocast wants the device's name
     "flow/solvers.py": {"float64": 2, "tolist": 2},  # times on the CPU; one check for a solve
+    "flow/weighting.py": {"tolist": 1},  # once, on the CPU
     "images/pictures.py": {"numpy": 4},
     "images/strokes.py": {"float64": 5, "nonzero": 2},  # pictures, on the CPU
     "images/pixels.py": {"double": 1},  # images are on the CPU when they are dequantised for likelihoods

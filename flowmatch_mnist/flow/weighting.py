@@ -45,10 +45,11 @@ def effective_weight(prediction: Prediction, path: ProbabilityPath, density: Tim
 
 
 def _weight_of(prediction: Prediction, path: ProbabilityPath, density: TimeDensity) -> Callable[[Tensor], Tensor]:
-    first, last = path.log_snr(torch.tensor(density.support))  # beyond these, the objective has no weight
+    # Numbers instead of tensors, so a GPU does not wait for them. Beyond them, the objective has no weight.
+    first, last = path.log_snr(torch.tensor(density.support)).tolist()
 
     def weight(log_snr: Tensor) -> Tensor:
-        inside = (first.to(log_snr) <= log_snr) & (log_snr <= last.to(log_snr))
+        inside = (first <= log_snr) & (log_snr <= last)
         return effective_weight(prediction, path, density, path.time(log_snr)) * inside
 
     return weight
