@@ -346,7 +346,8 @@ def measured(trainer, tmp_path, monkeypatch):
     trainer.strategy = SimpleNamespace(broadcast=lambda value: value)
     trainer.ckpt_path = tmp_path / "last.ckpt"
     trainer.callback_metrics["loss/test"] = torch.tensor(0.1250004)
-    return evaluate, SimpleNamespace(sampler=Sampler(4, "euler"), net=SimpleNamespace(no_label=10))
+    some = {"net": SimpleNamespace(no_label=10), "flow": SimpleNamespace(one_step=False)}
+    return evaluate, SimpleNamespace(sampler=Sampler(4, "euler"), **some)
 
 
 def test_a_report_has_all_scores_on_the_screen_and_in_its_file(trainer, measured, tmp_path, capsys):

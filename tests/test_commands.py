@@ -15,7 +15,7 @@ from flowmatch_mnist.images import mnist
 from flowmatch_mnist.sampling import request, weights
 from flowmatch_mnist.sampling.generate import Flow, Sampler, Samples, draw_noise
 from flowmatch_mnist.sampling.weights import PRETRAINED
-from flowmatch_mnist.support import streams
+from flowmatch_mnist.support import devices, streams
 
 OWN = Sampler(4, "euler", 1.5, (0.1, 0.9))
 """The way of the model itself."""
@@ -49,6 +49,7 @@ def asked(monkeypatch):
     monkeypatch.setattr(weights, "load", lambda path, device: loaded(path, device)[1:])
     monkeypatch.setattr(weights, "newest_or_packaged", lambda: Path("the newest"))
     monkeypatch.setattr(reflow, "draw_pairs", drawn)
+    monkeypatch.setattr(devices, "check_device", lambda device: None)
     return seen
 
 

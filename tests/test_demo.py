@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -125,7 +126,9 @@ def test_it_is_small_and_fetches_nothing_from_elsewhere(page):
 def test_it_draws_the_digits_that_sample_draws(page, tmp_path, power):
     shutil.copytree(page, tmp_path / "page")
     settings = tmp_path / "page/built/settings.json"
-    settings.write_text(settings.read_text().replace('"guidance_power": 0.0', f'"guidance_power": {power}'))
+    built = json.loads(settings.read_text())
+    built["sampler"]["guidance_power"] = power
+    settings.write_text(json.dumps(built))
     with served(tmp_path / "page") as address:
         found = visit(address, "index.html#labels=0123456789&steps=3", 'href="data:image/png;base64,([^"]+)"', tmp_path)
     drawn = picture(found)[2::4, 2::4, 0].reshape(30, 10, 30)[1:29, :, 1:29].transpose(1, 0, 2)

@@ -199,7 +199,7 @@ def test_the_teachers_data_are_prepared_too_and_pairs_are_read_once(monkeypatch)
     for stage in ("predict", "fit", "test"):
         data.setup(stage)
         assert len(read) == (stage != "predict")
-    assert asked == ["prepared", "predict", "fit", "test"] and read == [(Path("there"), (2,), 1)]
+    assert asked == ["prepared", "predict", "fit", "test"] and read == [(Path("there"), (2,), 1, "plane")]
     assert len(data.splits["train"][0]) == 50 and len(data.splits["val"][0]) == 100
     made(1).setup("fit")
     for size in (0, 101):

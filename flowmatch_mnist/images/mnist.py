@@ -156,7 +156,7 @@ def prepare(data_dir: Path) -> None:
     try:
         download_folder(data_dir).mkdir(parents=True, exist_ok=True)
         lock = FileLock(data_dir / ".fetching.lock")
-        acquire(lock)
+        acquire(lock, blocking=True)
         try:
             _fetch_missing(data_dir)
         finally:

@@ -57,7 +57,7 @@ def _flush(number: int) -> None:
             raise
 
 
-def acquire(lock: FileLock, blocking: bool = True) -> None:
+def acquire(lock: FileLock, blocking: bool) -> None:
     """Acquire a lock. On a file system without locks, do nothing.
 
     Raises:
