@@ -75,8 +75,8 @@ class FlowLoss:
         if self.mean_flow and (self.path, self.prediction) != ("linear", "velocity"):
             raise ValueError("mean velocities need the linear path and prediction velocity; set both, or leave out mean_flow")
         self.density: TimeDensity = self.times or LogitNormal()
-        if self.weighting and self.density.support[0] == self.density.support[1]:
-            raise ValueError("a single training time has no density, so the loss cannot be weighted; leave out the weighting")
+        if self.weighting:
+            self.density.density(torch.tensor(0.5))  # a single training time has none, and raises ValueError
         self.exact_field: ExactField | None = None
 
     def __call__(

@@ -79,7 +79,7 @@ class Start(TimeDensity):
         return torch.zeros_like(u)
 
     def density(self, t: Tensor) -> Tensor:
-        raise ValueError("the single time 0 has no density, so the loss cannot be weighted; leave out the weighting")
+        raise ValueError("a single training time has no density, so the loss cannot be weighted; leave out the weighting")
 
 
 class LogitNormal(TimeDensity):
