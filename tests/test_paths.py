@@ -37,6 +37,11 @@ def test_runs_from_noise_to_data(path):
 
 
 @EVERY_PATH
+def test_the_velocity_determines_the_pair_at_every_time(path):
+    assert (path.alpha_dot(T) * path.sigma(T) - path.alpha(T) * path.sigma_dot(T) > 0).all()
+
+
+@EVERY_PATH
 def test_is_safe_at_both_ends_in_single_precision(path):
     ends = torch.tensor([0.0, 1e-7, 1 - 1e-7, 1.0])
     for coefficient in (path.alpha, path.sigma, path.alpha_dot, path.sigma_dot):

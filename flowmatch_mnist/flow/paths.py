@@ -25,7 +25,8 @@ class ProbabilityPath:
     """A path: the coefficients alpha and sigma at t in [0, 1], their derivatives, the log-SNR, and the inverse of the log-SNR.
 
     These functions take an input of any shape and return the same shape. Only the log-SNR and its derivative may be infinite at
-    the ends t = 0 and t = 1.
+    the ends t = 0 and t = 1. On all of [0, 1], alpha_dot sigma - alpha sigma_dot must be positive: then the velocity at a point
+    determines the pair.
     """
 
     def alpha(self, t: Tensor) -> Tensor:
