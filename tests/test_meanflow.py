@@ -98,8 +98,8 @@ def test_spans_lie_between_t_and_the_end_in_the_shares_asked_for():
     assert abs((until == 1).double().mean() - 0.75 * 0.5) < 0.01
     between = (until > t) & (until < 1)
     assert abs(((until - t) / (1 - t))[between].mean() - 0.5) < 0.01
-    assert (MeanFlow(instants=0, to_end=1).ends(t, u) == 1).all()
-    half = MeanFlow(instants=0, to_end=0).ends(torch.tensor([0.2]), torch.tensor([[0.0, 0.5]]))
+    assert (MeanFlow("a teacher", instants=0, to_end=1).ends(t, u) == 1).all()
+    half = MeanFlow("a teacher", instants=0, to_end=0).ends(torch.tensor([0.2]), torch.tensor([[0.0, 0.5]]))
     torch.testing.assert_close(half, torch.tensor([0.6]))  # a share of 0 holds nobody
 
 
@@ -156,12 +156,20 @@ def test_a_network_that_spans_begins_as_the_one_without(tiny_net):
         {"guidance": 1.5},
         {"stride": 1},
         {"stride": 1, "instants": 0, "to_end": 1, "teacher": "some"},
+        {"instants": 0},
         *({"guidance_interval": ends} for ends in ((0.6, 0.1), (0.5, 0.5), (-0.1, 0.5), (0.5, 1.1))),
     ],
 )
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=r"shares|teacher|interval"):
         MeanFlow(**wrong)
+
+
+def test_what_learns_from_a_teacher_or_from_pairs_may_do_without_instants_and_a_teacher_without_the_exact_field():
+    MeanFlow(teacher="some", instants=0), MeanFlow(stride=0, instants=0)
+    with pytest.raises(ValueError, match="set exact_until to 0"):
+        FlowLoss(mean_flow=MeanFlow(teacher="some"), exact_until=0.3)
+    FlowLoss(mean_flow=MeanFlow(), exact_until=0.3)
 
 
 def test_a_student_by_the_command_line(tiny_run, tmp_path, data_dir):

@@ -53,8 +53,8 @@ class MeanFlow:
         net: the teacher's network, which predicts the velocity of the linear path. None means the data's own velocity.
 
     Raises:
-        ValueError: if a number is out of its range, if there is guidance without a teacher, or if `stride` is 1 with a teacher
-            or with other spans than those up to the data.
+        ValueError: if a number is out of its range, if there is guidance without a teacher, if `stride` is 1 with a teacher
+            or with other spans than those up to the data, or if nothing would learn from a teacher or the data.
     """
 
     def __init__(
@@ -74,6 +74,8 @@ class MeanFlow:
             raise ValueError(
                 "stride 1 learns the whole way to the data from pairs; leave out teacher, set instants 0 and to_end 1"
             )
+        if teacher is None and 0 < stride < 1 and instants == 0:
+            raise ValueError("without a teacher, only instants learn from the data; set instants above 0, or stride 0")
         start, end = guidance_interval
         if not 0 <= start < end <= 1:
             raise ValueError(f"guidance_interval must lie in [0, 1] and rise, got {start} to {end}")
