@@ -145,6 +145,22 @@ def test_a_corrupt_file_is_named_kept_aside_and_fetched_anew(tmp_path, data_dir,
     assert len(mnist.load(tmp_path, "test")[1]) == 10_000
 
 
+def test_a_folder_with_other_images_is_refused_and_stays_as_it_is(tmp_path, monkeypatch):
+    """Such as Fashion-MNIST, whose files have the same names."""
+    monkeypatch.setattr(mnist, "SOURCES", {})
+    for (images, labels), count in zip(mnist.FILES.values(), (3, 2), strict=True):
+        header = b"".join(number.to_bytes(4, "big") for number in (0x803, count, 28, 28))
+        (tmp_path / images).write_bytes(header + bytes(784 * count))
+        (tmp_path / f"{labels}.gz").write_bytes(gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, count]) + bytes(count)))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=r"other images than MNIST's; train on them with --data IDXDataModule"):
+        mnist.prepare(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / NAMES[1]).write_bytes(b"damaged")
+    with pytest.raises(UserError, match="could not be fetched"):
+        mnist.prepare(tmp_path)
+
+
 def test_a_source_that_gives_a_wrong_file_is_not_believed(tmp_path, monkeypatch):
     monkeypatch.setattr(mnist, "SOURCES", {"a liar": lambda folder: (folder / NAMES[0]).write_bytes(b"lies")})
     with pytest.raises(UserError, match="a liar: gave no genuine file for train-images"):

@@ -15,6 +15,7 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -148,11 +149,15 @@ def prepare(data_dir: Path) -> None:
     this at the same time for one folder: the first fetches while the others wait. A complete folder is only read.
 
     Raises:
-        UserError: if the sources could not supply all files (the message names each attempt), or if the folder cannot be
-            written to.
+        UserError: if the folder holds other images, if the sources could not supply all files (the message names each attempt),
+            or if the folder cannot be written to.
     """
     if all(genuine_content(data_dir, name) is not None for name in MD5):
         return
+    if holds_other_images(data_dir):
+        raise UserError(
+            f"{data_dir} holds other images than MNIST's; train on them with --data IDXDataModule, or {OTHER_FOLDER}"
+        )
     try:
         download_folder(data_dir).mkdir(parents=True, exist_ok=True)
         lock = FileLock(data_dir / ".fetching.lock")
@@ -163,6 +168,19 @@ def prepare(data_dir: Path) -> None:
             lock.release()
     except OSError as error:
         raise UserError(f"cannot write MNIST to {data_dir}: {error.strerror or error}; {OTHER_FOLDER}") from error
+
+
+def holds_other_images(data_dir: Path) -> bool:
+    """Return whether a folder has all four files in MNIST's format, but none is MNIST's. So they are not just damaged."""
+    paths = {name: path for name in MD5 for path in islice(candidates(data_dir, name), 1)}
+    if len(paths) < len(MD5) or any(read_if_genuine(path, name) is not None for name, path in paths.items()):
+        return False
+    try:
+        for names in FILES.values():
+            decode(*(uncompressed(paths[name]) or b"" for name in names))
+    except ValueError:
+        return False
+    return True
 
 
 def _fetch_missing(data_dir: Path) -> None:
