@@ -43,8 +43,8 @@ def turned():
     return lying
 
 
-def sixteen_bits():
-    return Image.fromarray(np.asarray(seven()).astype(np.uint16) * 256)
+def sixteen_bits(*size):
+    return Image.fromarray(np.asarray(seven(*size)).astype(np.uint16) * 256)
 
 
 PICTURES = {
@@ -59,6 +59,7 @@ PICTURES = {
     "photograph": (photograph, "inverted"),
     "telephone": (turned, "inverted"),
     "sixteen bits": (sixteen_bits, "inverted"),
+    "huge in sixteen bits": (lambda: sixteen_bits((5000, 4000), (1500, 500), 3000, 270), "scaled from"),
     "of 28 by 28": (lambda: seven((28, 28), (12, 1), 24, 2), "scaled from"),
     "huge": (lambda: seven((3000, 2400), (900, 300), 1800, 160), "scaled from"),
 }
@@ -114,6 +115,13 @@ def test_a_picture_without_a_stroke_is_refused_in_a_line(tiny_run, tmp_path, pic
     assert_one_line_error(done, "own.png", why, "plain background")
 
 
+def test_a_picture_with_too_many_pixels_is_refused_in_a_line(tmp_path, monkeypatch):
+    seven().save(tmp_path / "own.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    done = run_here("sample.py", 7, "--weights", "mnist", "--from-image", "own.png:7", cwd=tmp_path)
+    assert_one_line_error(done, "own.png", "too many pixels; make it smaller")
+
+
 def test_the_prepared_digit_stands_in_the_first_column(tiny_run):
     seven().save(tiny_run / "own.png")
     done = run_here("sample.py", "3", "4", "--steps", 1, "--from-image", "own.png:7", "--out", "hand.png", cwd=tiny_run)
@@ -124,8 +132,8 @@ def test_the_prepared_digit_stands_in_the_first_column(tiny_run):
         first = np.asarray(sheet)[4:116:4, 4:116:4]
     assert np.array_equal(first, digit.numpy())
     asked = ("7", "--interpolate", 3, "--steps", 1, "--from-image", "own.png:7", "--from-image", "own.png:7")
-    run_here("sample.py", *asked, "--per-class", 2, "--out", "between.png", cwd=tiny_run)
+    run_here("sample.py", *asked, "--out", "between.png", cwd=tiny_run)
     with Image.open(tiny_run / "between.png") as sheet:
-        assert sheet.size == (5 * 120, 2 * 120)
-        last = np.asarray(sheet)[124:236:4, 484:596:4]
+        assert sheet.size == (5 * 120, 120)
+        last = np.asarray(sheet)[4:116:4, 484:596:4]
     assert np.array_equal(last, digit.numpy())

@@ -37,6 +37,8 @@ def prepare(picture: Image.Image) -> tuple[Tensor, str]:
         ValueError: if the picture has no stroke that differs clearly from its background.
     """
     picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I;"):
+        picture = picture.convert("I")  # Pillow does not reduce pictures of 16 bits
     picture.thumbnail((MAX_SIDE, MAX_SIDE))
     done = []
     if has_alpha(picture):
@@ -45,7 +47,7 @@ def prepare(picture: Image.Image) -> tuple[Tensor, str]:
         if np.ptp(greys) < FAINTEST:  # a white stroke cannot be seen on white
             done[0] = "placed on black"
             greys = on_background(picture, "black")
-    elif picture.mode in ("F", "I") or picture.mode.startswith("I;"):  # more than 256 levels
+    elif picture.mode in ("F", "I"):  # more than 256 levels
         greys = np.asarray(picture, dtype=np.float64)
         greys = 255 * (greys - greys.min()) / max(np.ptp(greys), 1e-9)
     else:

@@ -47,7 +47,9 @@ def digit_of(file: str, label_or_index: int, data_dir: Path) -> tuple[Tensor, in
             picture.load()
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
-    except Exception as error:  # decoders can raise any error for damaged or oversized pictures
+    except Image.DecompressionBombError as error:
+        raise UserError(f"cannot read {file}: it has too many pixels; make it smaller") from error
+    except Exception as error:  # decoders can raise any error for damaged pictures
         raise UserError(f"cannot read {file}: it is no picture, or damaged; use a picture of a digit, such as a PNG") from error
     try:
         digit, done = prepare(picture)
