@@ -24,7 +24,7 @@ from flowmatch_mnist.images import mnist
 from flowmatch_mnist.images.pixels import PIXELS
 from flowmatch_mnist.support.commands import CommandParser
 from flowmatch_mnist.support.errors import UserError, exit_on_error
-from flowmatch_mnist.support.files import save_weights
+from flowmatch_mnist.support.files import check_writable, save_weights
 
 
 def move(images: Tensor, places: Tensor) -> Tensor:
@@ -118,7 +118,10 @@ def main() -> None:
     seed = recipe.seed if options.seed is None else options.seed
     if epochs < 1:
         raise UserError("--epochs must be at least 1")
+    if options.measure and (options.epochs, options.seed) != (None, None):
+        raise UserError("--measure trains nothing; leave out --epochs and --seed")
     out = options.out or weights_of(options.net)
+    check_writable(out)
     mnist.prepare(options.data_dir)
     training, test = mnist.load(options.data_dir, "train"), mnist.load(options.data_dir, "test")
     if options.measure:

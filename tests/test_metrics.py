@@ -402,6 +402,15 @@ def test_data_that_cannot_be_had_are_told_in_a_line(tmp_path, monkeypatch):
     assert_one_line_error(run_here("flowmatch_mnist/digitnet.py", cwd=tmp_path), "no digits here")
 
 
+def test_before_a_reader_is_trained_it_is_clear_that_it_can_be_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_digitnet, "train", None)
+    done = run_here("flowmatch_mnist/digitnet.py", "--out", tmp_path, cwd=tmp_path)
+    assert_one_line_error(done, "it is a folder")
+    for option in ("--epochs", "--seed"):
+        done = run_here("flowmatch_mnist/digitnet.py", "--measure", option, 3, cwd=tmp_path)
+        assert_one_line_error(done, "--measure trains nothing")
+
+
 @pytest.mark.parametrize("content", [None, b"", b"no safetensors", "cut"])
 def test_a_missing_or_damaged_classifier_is_named(content, tmp_path, monkeypatch):
     file = tmp_path / "digitnet.safetensors"

@@ -11,7 +11,7 @@ from flowmatch_mnist.support.choices import PRETRAINED
 from flowmatch_mnist.support.commands import CommandParser, as_typed
 from flowmatch_mnist.support.devices import compile_in_place, default_device
 from flowmatch_mnist.support.errors import UserError, exit_on_error
-from flowmatch_mnist.support.files import load_checkpoint, save_checkpoint, save_json
+from flowmatch_mnist.support.files import check_writable, load_checkpoint, save_checkpoint, save_json
 
 
 def test_the_accelerator_that_is_there_is_taken(monkeypatch):
@@ -123,6 +123,16 @@ def test_messages_name_commands_as_they_are_typed(running, train, sample, monkey
 def test_plain_values_are_written_to_be_read(tmp_path):
     save_json(tmp_path / "new/scores.json", {"é": 1})
     assert (tmp_path / "new/scores.json").read_bytes() == b'{\n "\xc3\xa9": 1\n}\n'
+
+
+def test_that_a_file_can_be_written_is_known_before(tmp_path):
+    check_writable(tmp_path / "new/weights.safetensors")
+    assert not list((tmp_path / "new").iterdir())
+    with pytest.raises(UserError, match="it is a folder; add the name of a file"):
+        check_writable(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write .*file/weights: .*; choose another place"):
+        check_writable(tmp_path / "file/weights")
 
 
 def test_of_a_checkpoint_that_could_not_be_read_the_part_is_named(tmp_path):

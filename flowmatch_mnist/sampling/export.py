@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flowmatch_mnist.sampling.generate import Flow, Sampler
 from flowmatch_mnist.support.errors import UserError
-from flowmatch_mnist.support.files import replacing
+from flowmatch_mnist.support.files import replacing, write_errors
 
 
 class Program(nn.Module):
@@ -53,8 +53,8 @@ def export(flow: Flow, sampler: Sampler, path: Path) -> None:
             Program(flow, sampler).eval(), example, dynamic_shapes={"noise": {0: many}, "labels": {0: many}}, strict=False
         )
         if path.suffix == ".pt2":
-            with replacing(path) as temporary:
-                torch.export.save(program, temporary)
+            with replacing(path) as temporary, temporary.open("wb") as file, write_errors():
+                torch.export.save(program, file)
             return
         try:
             written = torch.onnx.export(program, input_names=["noise", "labels"], output_names=["images"], verbose=False)

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -48,6 +49,30 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def check_writable(path: Path) -> None:
+    """Call this before long work, whose result would be lost if a file could not be written in the end.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; add the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+
+
+@contextmanager
+def write_errors() -> Iterator[None]:
+    """Raise the OSError behind an error of PyTorch's writers, which raise RuntimeError if a file system refuses to write."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+
 def _flush(number: int) -> None:
     """Force a file's contents to the disk. Some file systems do not support this; that is no error."""
     try:
@@ -89,10 +114,8 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
         UserError: if the file cannot be written, or a value is neither a tensor nor plain.
     """
     with replacing(path) as temporary, temporary.open("wb") as file:
-        try:
+        with write_errors():
             torch.save(checkpoint, file)
-        except RuntimeError as error:  # PyTorch's writer raises this if the file system refuses to write
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         if not _loads(temporary):
             wrong = [str(key) for key, part in _parts(checkpoint) if not _loads(part)]
             raise UserError(
