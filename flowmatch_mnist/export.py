@@ -30,10 +30,12 @@ def main() -> None:
     add("--steps", type=int, help="number of solver steps (default: the model's own)")
     add("--solver", help="solver (default: the model's own)")
     add("--guidance", type=float, help="guidance scale (default: the model's own)")
+    add("--guidance-power", type=float, help="0 guides all digits alike (default: the model's own)")
     add("--churn", type=float, help="noise renewed during sampling; a file cannot draw noise, so set 0 for a model with churn")
     options = parser.parse_args()
     path, flow, sampler = load_digits(weights_path(options.weights) if options.weights else None, "cpu")
-    sampler = with_changes(flow, sampler, {name: getattr(options, name) for name in ("steps", "solver", "guidance", "churn")})
+    changes = ("steps", "solver", "guidance", "guidance_power", "churn")
+    sampler = with_changes(flow, sampler, {name: getattr(options, name) for name in changes})
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with Console(stderr=True).status("exporting"):  # shown only in a terminal
         export(flow, sampler, options.out)

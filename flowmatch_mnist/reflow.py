@@ -29,16 +29,21 @@ def main() -> None:
         type=float,
         help="guidance scale of the teacher; it is part of the pairs, so the student needs none (default: the model's own)",
     )
+    add("--guidance-power", type=float, help="0 guides all samples alike (default: the model's own)")
     add("--seed", type=int, default=0, help="random seed of the noise (default: 0)")
     add("--batch-size", type=int, help="samples drawn at a time (default: 100 on a CPU, 1000 on a GPU)")
     add("--device", default=default_device(), help="cpu, cuda, cuda:1, mps, ... (default: a GPU if available)")
     options = parser.parse_args()
     if options.pairs < 1 or (options.batch_size is not None and options.batch_size < 1):
         raise UserError("--pairs and --batch-size must be at least 1")
+    if options.out.is_file():
+        raise UserError(f"--out {options.out} is a file; choose a folder")
     check_device(options.device)
     path = weights_path(options.teacher) if options.teacher else newest_or_packaged()
     flow, sampler = load(path, options.device)
-    sampler = with_changes(flow, sampler, {name: getattr(options, name) for name in ("steps", "solver", "guidance")})
+    changes = {name: getattr(options, name) for name in ("steps", "solver", "guidance", "guidance_power")}
+    # Without churn, because with new noise on the way, a sample would not belong to the noise that it started from.
+    sampler = with_changes(flow, sampler, {**changes, "churn": 0.0})
     print(f"drawing with {path} ({sampler.description()}, seed {options.seed})", flush=True)
     files, drawn = draw_pairs(options.out, flow, sampler, options.pairs, seed=options.seed, batch_size=options.batch_size)
     print(f"{options.out} holds {files * SHARD:,} pairs in {files} files, {drawn} of them drawn now")

@@ -111,7 +111,12 @@ def parse() -> argparse.Namespace:
     add("--steps", type=positive, metavar="N", help="number of solver steps")
     add("--solver", choices=SOLVERS, help="how a step follows the field")
     add("--spacing", choices=SPACINGS, help="spacing of the steps: equal in time, or in log-SNR")
-    add("--guidance", type=finite, metavar="SCALE", help="guidance scale; 1 is off")
+    add(
+        "--guidance",
+        type=finite,
+        metavar="SCALE",
+        help="guidance scale; 1 is off; with a guidance power, use numbers just above 1, such as 1.07",
+    )
     add("--guidance-interval", type=interval, metavar="FROM-TO", help="range of t with guidance, such as 0.2-0.9")
     add("--guidance-power", type=finite, metavar="P", help="0 guides all digits alike; 2 guides mostly those in doubt")
     add("--churn", type=finite, help="noise renewed during sampling: 0 is the ODE, 1 is DDPM's ancestral sampling")
@@ -131,8 +136,8 @@ def parse() -> argparse.Namespace:
         parser.error(f"--out {options.out} must end in one of {', '.join(ENDINGS)}")
     if len(options.from_image or []) > (2 if options.interpolate else 1):
         parser.error("--from-image may be given once, or twice with --interpolate")
-    if options.from_image and not options.interpolate and options.per_class > 1:
-        parser.error("--from-image gives one noise, so all rows would be the same; leave out --per-class")
+    if len(options.from_image or []) == (2 if options.interpolate else 1) and options.per_class > 1:
+        parser.error("--from-image gives all noise, so all rows would be the same; leave out --per-class")
     return options
 
 

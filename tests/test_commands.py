@@ -2,6 +2,7 @@
 
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,13 @@ def test_without_options_a_command_takes_the_model_as_it_is(tmp_path, asked):
     assert (asked["seed"], asked["batch_size"]) == (0, None) and "pairs holds 5,000 pairs in 2 files, 1 of them" in printed
 
 
+def test_pairs_are_drawn_without_churn(tmp_path, asked, monkeypatch):
+    """New noise on the way would part a sample from the noise that it began with."""
+    monkeypatch.setattr(weights, "load", lambda path, device: (Flow(Shades()), replace(OWN, churn=1.0)))
+    command(tmp_path, "flowmatch_mnist/reflow.py")
+    assert asked["sampler"] == OWN
+
+
 WAYS = {
     "steps": (["--steps", 9], 9),
     "solver": (["--solver", "heun"], "heun"),
@@ -84,8 +92,8 @@ WAYS = {
 @pytest.mark.parametrize("name", WAYS)
 def test_one_thing_about_the_sampler_is_changed_at_a_time(tmp_path, asked, name):
     options, value = WAYS[name]
-    scripts = ["sample.py", "flowmatch_mnist/reflow.py"] if name in ("steps", "solver", "guidance") else ["sample.py"]
-    for script in scripts:
+    of_pairs = ["flowmatch_mnist/reflow.py"] if name in ("steps", "solver", "guidance", "guidance_power") else []
+    for script in ["sample.py", *of_pairs]:
         command(tmp_path, script, *([7] if script == "sample.py" else []), *options)
         assert vars(asked["sampler"]) == vars(OWN) | {name: value}
 

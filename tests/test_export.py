@@ -1,5 +1,6 @@
 """Exported models: what they draw is what this package draws, and they need nothing of it."""
 
+import errno
 import io
 import logging
 import subprocess
@@ -18,6 +19,7 @@ from flowmatch_mnist import export as command
 from flowmatch_mnist.sampling.export import export
 from flowmatch_mnist.sampling.generate import Flow, Sampler, generate
 from flowmatch_mnist.sampling.weights import PRETRAINED, load
+from flowmatch_mnist.support.errors import UserError
 
 ALONE = """
 import sys, torch
@@ -73,7 +75,7 @@ def test_what_is_asked_of_pytorch(tiny_net, tmp_path, monkeypatch):
         return types.SimpleNamespace(save=lambda path: path.write_text("written"))
 
     monkeypatch.setattr(torch.export, "export", exported)
-    monkeypatch.setattr(torch.export, "save", lambda program, path: path.write_text(program))
+    monkeypatch.setattr(torch.export, "save", lambda program, file: file.write(program.encode()))
     monkeypatch.setattr(torch.onnx, "export", written)
     for ending, content in (("pt2", "a program"), ("onnx", "written")):
         tiny_net.train().to(memory_format=torch.channels_last)
@@ -93,12 +95,14 @@ def test_the_sampler_is_the_one_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr("flowmatch_mnist.sampling.export.export", lambda *arguments: exported.append(arguments))
     logging.getLogger("torch.onnx").setLevel(logging.NOTSET)
     asked = ["--weights", "few-step", "--out", "digits.onnx", "--solver", "heun", "--steps", 3, "--guidance", 2]
+    asked += ["--guidance-power", 1.5]
     done = run_here("flowmatch_mnist/export.py", *asked, cwd=tmp_path)
     assert done.returncode == 0 and "wrote digits.onnx" in done.stdout and "heun, 3 steps, guidance 2" in done.stdout
     assert logging.getLogger("torch.onnx").level == logging.ERROR
     run_here("flowmatch_mnist/export.py", "--weights", "mnist", cwd=tmp_path)
     (_, changed, path), (flow, own, default) = exported
     assert (changed.solver, changed.steps, changed.guidance, str(path)) == ("heun", 3, 2.0, "digits.onnx")
+    assert changed.guidance_power == 1.5
     assert (flow.describe(own), str(default)) == (load(PRETRAINED["mnist"])[0].describe(own), "digits.pt2")
 
 
@@ -123,4 +127,18 @@ def test_what_cannot_be_exported_is_told(tmp_path):
     assert_one_line_error(told("--solver", "euler", "--churn", 1), "--churn 0")
     assert_one_line_error(told("--weights", "nobody.ckpt"), "nobody.ckpt")
     assert_one_line_error(told("--steps", "few"), "--steps")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_is_told(tiny_net, tmp_path, monkeypatch):
+    def save(program, file):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904  as PyTorch's writer does
+
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: None)
+    monkeypatch.setattr(torch.export, "save", save)
+    with pytest.raises(UserError, match=r"cannot write .*digits\.pt2: No space left on device"):
+        export(Flow(tiny_net), Sampler(1), tmp_path / "digits.pt2")
     assert not list(tmp_path.iterdir())

@@ -84,6 +84,7 @@ def test_what_is_read_and_what_is_refused(read, texts):
         (["7", "--from-image", "test:10000"], ["test:10000", "test:0-9999"]),
         (["7", "--from-image", "test:0", "--per-class", "2"], ["--per-class"]),
         (["7", "--from-image", "test:0", "--from-image", "test:1"], ["--interpolate"]),
+        (["7", "--interpolate", "3", *["--from-image", "test:0"] * 2, "--per-class", "2"], ["--per-class"]),
         (["7", "--out", "digits.jpg"], ["digits.jpg", ".png"]),
     ],
     ids=str,

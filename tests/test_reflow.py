@@ -174,5 +174,8 @@ def test_twice_in_a_row_by_the_command_line(tmp_path, data_dir):
     assert_one_line_error(run_here("train.py", *cosine, cwd=tmp_path), "straight lines", "cosine")
     nowhere = ("--teacher", "few-step", "--out", "other", "--device", "abacus")
     assert_one_line_error(run_here("flowmatch_mnist/reflow.py", *nowhere, cwd=tmp_path), "no device 'abacus'")
+    (tmp_path / "file").touch()
+    taken = ("--teacher", "few-step", "--out", "file")
+    assert_one_line_error(run_here("flowmatch_mnist/reflow.py", *taken, cwd=tmp_path), "--out file is a file; choose a folder")
     foreign = (*student, *small, "--data.pairs", "pairs0", "--model.start", "mnist")
     assert_one_line_error(run_here("train.py", *foreign, cwd=tmp_path), "mnist.safetensors", "do not fit")

@@ -54,7 +54,7 @@ class Guided:
     Args:
         net: the network.
         y: labels (B,).
-        scale: the guidance scale.
+        scale: the guidance scale. 0 means no label, with any power.
         interval: the first and the last t with this scale, in the time of the network's path. Outside it, the scale is 1.
         power: the power of the doubt, at least 0. 0 means the same scale for all samples.
         path: the network's path.
