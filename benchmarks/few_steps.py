@@ -86,11 +86,12 @@ def main() -> None:
     shown, states = [], {}
     for name, weights in models:
         _, flow, sampler = load_digits(weights_path(weights), options.device)
-        found = trajectories(flow, sampler)
-        samplers = {evaluations: with_evaluations(flow, sampler, evaluations) for evaluations in options.evaluations}
-        straight[name].append(straightness(found).mean().item())
-        if name not in states:
-            states[name] = found
+        asked = [1] if flow.one_step else options.evaluations
+        samplers = {evaluations: with_evaluations(flow, sampler, evaluations) for evaluations in asked}
+        if not flow.one_step:  # a network that learned only one step has no trajectories
+            states.setdefault(name, found := trajectories(flow, sampler))
+            straight[name].append(straightness(found).mean().item())
+        if name not in rows:
             shown += [generate(flow, torch.arange(10), spending).values for spending in samplers.values()]
         for evaluations, spending in samplers.items():
             point = measure(flow, spending, score, options.samples, seed=0)
@@ -100,17 +101,21 @@ def main() -> None:
             contents = {"samples": options.samples, "models": options.models, "straightness": straight, "rows": rows}
             save_json(options.out.with_suffix(".json"), contents)
     save_png(grid(torch.cat(shown), 10), options.out.with_suffix(".png"))
-    draw_trajectories(states, options.out.with_name("trajectories.png"))
+    if states:
+        draw_trajectories(states, options.out.with_name("trajectories.png"))
     print(f"\n| | straightness | {' | '.join(f'NFE {n}' for n in options.evaluations)} |")
     print("|---" * (len(options.evaluations) + 2) + "|")
     for name, row in rows.items():
         cells = [spread(straight[name], ".3f")]
-        cells += [", ".join(spread([point[what] for point in row[n]], form) for what, form in SHOWN.items()) for n in row]
+        for n in options.evaluations:
+            cells.append(", ".join(spread([point[what] for point in row[n]], form) for what, form in SHOWN.items() if row[n]))
         print(f"| {name} | {' | '.join(cells)} |")
 
 
 def spread(values: list[float], form: str) -> str:
-    """Return the mean as text, and the range of several values."""
+    """Return the mean as text, and the range of several values; an empty text without values."""
+    if not values:
+        return ""
     mean = f"{sum(values) / len(values):{form}}"
     return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
 

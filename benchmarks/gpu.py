@@ -23,7 +23,7 @@ from flowmatch_mnist.sampling.generate import generate
 from flowmatch_mnist.sampling.weights import load_digits, newest_checkpoint
 from flowmatch_mnist.support.choices import PRETRAINED
 from flowmatch_mnist.support.devices import default_device
-from flowmatch_mnist.support.errors import exit_on_error
+from flowmatch_mnist.support.errors import UserError, exit_on_error
 from flowmatch_mnist.support.files import save_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,11 +39,11 @@ def run(seconds: int, script: str, *arguments: object) -> dict[str, Any]:
     return {"seconds": round(time.perf_counter() - start, 1), "printed": done.stdout.splitlines()[-20:]}
 
 
-def train(options: argparse.Namespace, config: str, seconds: int, *arguments: object) -> dict[str, Any]:
-    """Train a config. Return the seconds from the command to its end, and the scores of the trained model."""
-    quiet = [*UNWATCHED, "--name", f"gpu_{config}", *arguments]
+def train(options: argparse.Namespace, name: str, config: str, seconds: int, *arguments: object) -> dict[str, Any]:
+    """Train a config as a run of this name. Return the seconds from the command to its end, and the scores of the model."""
+    quiet = [*UNWATCHED, "--name", f"gpu_{name}", *arguments]
     found = run(seconds, "train.py", "fit", "--config", ROOT / f"configs/{config}.yaml", *quiet)
-    return found | draw(options, newest_checkpoint(name=f"gpu_{config}"), config)
+    return found | draw(options, newest_checkpoint(name=f"gpu_{name}"), name)
 
 
 def draw(options: argparse.Namespace, path: Path, name: str) -> dict[str, Any]:
@@ -62,17 +62,17 @@ def draw(options: argparse.Namespace, path: Path, name: str) -> dict[str, Any]:
 def parts(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
     """Return the parts by their names, the most important first."""
     return {
-        "quick": lambda: train(options, "quick", 150),
-        "sampling": lambda: {name: draw(options, path, name) for name, path in PRETRAINED.items()},
+        "quick": lambda: train(options, "quick", "quick", 150),
+        "sampling": lambda: {name: draw(options, path, f"weights_{name}") for name, path in PRETRAINED.items()},
         "a step beside torchcfm's": lambda: run(90, "benchmarks/speed.py", "--rounds", 4, "--torchcfm", 5),
-        "gpu": lambda: train(options, "gpu", 150),
-        "gpu, CUDA graphs": lambda: train(options, "gpu", 150, "--model.compile", "reduce-overhead"),
+        "gpu": lambda: train(options, "gpu", "gpu", 150),
+        "gpu, CUDA graphs": lambda: train(options, "graphs", "gpu", 150, "--model.compile", "reduce-overhead"),
         "batches and widths": lambda: run(120, "benchmarks/scale.py", "--batches", 256, 1024, "--factors", 2, "--turns", 5),
         "a run that is killed goes on": lambda: run(
             120, "benchmarks/resume.py", "--gpu", "--kills", 1, "--ways", "SIGKILL", "--data-dir", ROOT / "data"
         ),
-        "mnist": lambda: train(options, "mnist", 240),
-        "two GPUs": lambda: train(options, "quick", 150, "--trainer.devices", 2, "--trainer.strategy", "ddp"),
+        "mnist": lambda: train(options, "mnist", "mnist", 240),
+        "two GPUs": lambda: train(options, "two", "quick", 150, "--trainer.devices", 2, "--trainer.strategy", "ddp"),
     }
 
 
@@ -96,6 +96,8 @@ def main() -> None:
         "samples": options.samples,
         "parts": {},
     }
+    if unknown := set(options.parts or ()) - set(parts(options)):
+        raise UserError(f"there is no part {', '.join(sorted(unknown))}; choose from {', '.join(parts(options))}")
     chosen = options.parts or [name for name in parts(options) if name != "two GPUs" or count > 1]
     begun = time.perf_counter()
     for name in chosen:
@@ -103,7 +105,7 @@ def main() -> None:
             break
         try:
             found["parts"][name] = parts(options)[name]()
-        except (RuntimeError, subprocess.TimeoutExpired) as error:
+        except (RuntimeError, FloatingPointError, UserError, subprocess.TimeoutExpired) as error:
             found["parts"][name] = {"failed": str(error)[:600]}
         found["seconds"] = round(time.perf_counter() - begun, 1)
         save_json(options.out.with_suffix(".json"), found)

@@ -24,7 +24,7 @@ from flowmatch_mnist.images import mnist
 from flowmatch_mnist.images.pixels import PIXELS, bits_per_dimension, dequantize
 from flowmatch_mnist.sampling.generate import Sampler
 from flowmatch_mnist.sampling.likelihood import LIKELIHOOD_SAMPLER, marginal_log_likelihood
-from flowmatch_mnist.sampling.weights import load_digits
+from flowmatch_mnist.sampling.weights import load_digits, with_changes
 from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.choices import SOLVERS, SPACINGS
 from flowmatch_mnist.support.devices import default_device
@@ -76,6 +76,7 @@ def main() -> None:
     if not sampler.reversible:
         raise UserError(f"{sampler.solver} cannot go from data to noise; choose another --solver")
     checkpoint, flow, _ = load_digits(options.checkpoint, options.device)
+    with_changes(flow, sampler, {})
     mnist.prepare(options.data_dir)
     images, labels = mnist.load(options.data_dir, "test")
     chosen = torch.randperm(len(images), generator=streams.generator("cpu", "likelihood"))[: options.images]

@@ -21,6 +21,7 @@ from flowmatch_mnist.sampling.weights import PRETRAINED, load_digits, read_check
 from flowmatch_mnist.support.devices import default_device
 from flowmatch_mnist.support.errors import UserError, exit_on_error
 from flowmatch_mnist.support.files import load_weights
+from flowmatch_mnist.training.arguments import run_folder
 
 NOISE_SEEDS = {500: [0], 10_000: [0, 1, 2]}
 """Numbers of digits to score, and the random seeds of their noise."""
@@ -36,6 +37,21 @@ def measure(flow: Flow, sampler: Sampler, score: Judge, count: int, seed: int) -
     line = ", ".join(f"{m.title} {m.score} (real digits: {m.real})" for m in measurements)
     print(f"{count:,} digits, noise seed {seed}, {sampler.description()}: {line}", flush=True)
     return {m.name: [*m.samples, *m.real] for m in measurements}
+
+
+def described(checkpoint: Path, options: argparse.Namespace) -> dict[str, str]:
+    """Return the metadata of a run's checkpoint: how it was trained."""
+    folder = run_folder(checkpoint)
+    if folder is None:
+        raise UserError(f"{checkpoint} is not in the folder of a run, which has its config; use last.ckpt of a run")
+    config = (folder / "config.yaml").read_text()
+    return {
+        "command": options.command,
+        "config": config,
+        "seed": str(yaml.safe_load(config)["seed_everything"]),
+        "steps": str(read_checkpoint(checkpoint)["global_step"]),
+        "machine": options.machine,
+    }
 
 
 def main() -> None:
@@ -59,21 +75,11 @@ def main() -> None:
         checkpoint, flow, sampler = load_digits(options.checkpoint or PRETRAINED[name], options.device)
         asked = {what: getattr(options, what) for what in ("steps", "guidance", "guidance_interval", "guidance_power")}
         sampler = with_changes(flow, sampler, asked)
+        metadata = described(checkpoint, options) if options.checkpoint else load_weights(checkpoint)[1]
         flow.net.half().float()  # rounded to the numbers that the file holds
         scores = {
             str(count): [measure(flow, sampler, score, count, seed) for seed in seeds] for count, seeds in NOISE_SEEDS.items()
         }
-        if options.checkpoint:
-            config = (checkpoint.parent.parent / "config.yaml").read_text()
-            metadata = {
-                "command": options.command,
-                "config": config,
-                "seed": str(yaml.safe_load(config)["seed_everything"]),
-                "steps": str(read_checkpoint(checkpoint)["global_step"]),
-                "machine": options.machine,
-            }
-        else:
-            metadata = load_weights(checkpoint)[1]
         flow.net.half()
         save(PRETRAINED[name], flow, sampler, {**metadata, "scores": json.dumps(scores)})
         print(f"wrote {PRETRAINED[name]}, {PRETRAINED[name].stat().st_size / 1e6:.1f} MB")

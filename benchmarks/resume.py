@@ -242,7 +242,8 @@ def main() -> None:
     references: dict[tuple[str, ...], tuple[dict[str, Any], tuple[float, float]]] = {}
     device = GPU if options.gpu else []
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
-    for name in options.ways:
+    single = options.gpu and torch.cuda.device_count() < 2
+    for name in [way for way in options.ways if not (single and WAYS[way].options == TWO)]:
         way = replace(WAYS[name], options=[*WAYS[name].options, *device])
         # Workers change nothing, so runs with workers are compared with a run without.
         key = (*(WAYS[name].options if WAYS[name].options in (TWO, EARLY) else []), *device)

@@ -26,6 +26,7 @@ from scoring import UNWATCHED
 
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.images.pixels import PIXELS
+from flowmatch_mnist.support.devices import send
 from flowmatch_mnist.training import cli
 from flowmatch_mnist.training.module import FlowMatching
 
@@ -51,19 +52,19 @@ class Bare:
             self.net.compile()
         self.average = [p.detach().clone() for p in self.net.parameters()]
         self.optimizer = module.optimizer(self.net.parameters())
-        self.images, self.labels = mnist.load(Path("data"), "train")
+        self.images, self.labels = (values.to(module.device) for values in mnist.load(Path("data"), "train"))
         self.batch_size, self.objective, self.precision = batch_size, module.objective, precision
         self.generator = torch.Generator().manual_seed(0)
 
     def draw(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw images (count, 1, 28, 28) in [-1, 1] and their labels (count,)."""
-        batch = torch.randint(len(self.images), (count,))
+        batch = torch.randint(len(self.images), (count,), device=self.images.device)
         return PIXELS["linear"].encode(self.images[batch]), self.labels[batch]
 
     def step(self) -> None:
         """Take one training step."""
         x1, y = self.draw(self.batch_size)
-        x0, t = torch.randn_like(x1), self.objective.density.sample(len(y), self.generator)
+        x0, t = torch.randn_like(x1), send(self.objective.density.sample(len(y), self.generator), x1.device)
         with self.precision():
             loss = self.objective(self.net, x0, x1, y, t).mean()
         loss.backward()
@@ -78,10 +79,17 @@ def timed(step: Callable[[], object], count: int, untimed: int) -> float:
     """Take `untimed` steps, then `count` timed steps. Return the timed steps per second."""
     for _ in range(untimed):
         step()
-    start = time.perf_counter()
+    start = now()
     for _ in range(count):
         step()
-    return count / (time.perf_counter() - start)
+    return count / (now() - start)
+
+
+def now() -> float:
+    """Return the seconds on a clock, after the GPU has finished its work, if there is one."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 class Beside(Callback):
@@ -104,16 +112,17 @@ class Beside(Callback):
         if self.torchcfm:
             from rivals import TorchCFM
 
-            self.rival = TorchCFM()
+            with pl_module.device:
+                self.rival = TorchCFM()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Let the other contenders have their turn."""
         if batch_idx % self.every == UNTIMED:
-            self.since = time.perf_counter()
+            self.since = now()
         if batch_idx % self.every:
             return
         timed_steps = self.every - UNTIMED
-        speeds = [timed_steps * self.batch_size / (time.perf_counter() - self.since)]
+        speeds = [timed_steps * self.batch_size / (now() - self.since)]
         speeds.append(timed(self.bare.step, timed_steps, UNTIMED) * self.batch_size)
         if self.torchcfm:
             drawn = partial(self.bare.draw, self.rival.batch_size)

@@ -16,13 +16,13 @@ from rich.progress import track
 from scoring import Judge, scores
 
 from flowmatch_mnist.sampling.generate import Flow, Sampler, generate
-from flowmatch_mnist.sampling.weights import load_digits
+from flowmatch_mnist.sampling.weights import load_digits, with_changes
 from flowmatch_mnist.support.choices import SOLVERS
 from flowmatch_mnist.support.devices import default_device
 from flowmatch_mnist.support.errors import UserError, exit_on_error
 from flowmatch_mnist.support.files import replacing, save_json
 
-EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "dpmpp_2m": 1}
+EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "dpmpp_2m": 1, "average": 1}
 """Network evaluations of each solver in one step."""
 
 
@@ -86,9 +86,10 @@ def main() -> None:
     if min(options.samples, *options.evaluations) < 1:
         raise UserError("--samples and --evaluations must be at least 1")
     checkpoint, flow, _ = load_digits(options.checkpoint, options.device)
+    asked = [with_changes(flow, s, {}) for s in samplers(options.solvers, options.evaluations, options.guidance)]
     score = Judge(options.data_dir, options.device)
     points = []
-    for sampler in track(samplers(options.solvers, options.evaluations, options.guidance), "measuring"):
+    for sampler in track(asked, "measuring"):
         points.append(measure(flow, sampler, score, options.samples, options.seed))
         line = ", ".join(f"{name} {value:.3f}" for name, value in points[-1].items() if isinstance(value, float))
         print(f"{sampler.description()} (NFE {points[-1]['evaluations']}): {line}", flush=True)

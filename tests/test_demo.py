@@ -173,3 +173,5 @@ def test_what_the_page_cannot_integrate_is_refused(tmp_path, tiny_net):
     save(tmp_path / "noise.safetensors", Flow(tiny_net, "vp", "noise"), Sampler(), {})
     done = run("docs/demo/build.py", "--weights", tmp_path / "noise.safetensors", "--out", tmp_path / "built", cwd=tmp_path)
     assert_one_line_error(done, "velocity on the linear path, not noise on vp")
+    done = run_here("docs/demo/build.py", "--weights", "one-step", "--out", tmp_path / "built", cwd=tmp_path)
+    assert_one_line_error(done, "learned only one")

@@ -56,8 +56,10 @@ def write_field(flow: Flow, path: Path) -> None:
     """Write a velocity field as ONNX. Large weights are stored in 16 bits.
 
     Raises:
-        UserError: if the network does not predict the velocity on the straight path.
+        UserError: if the network does not predict the velocity on the straight path, or only over one step.
     """
+    if flow.one_step:
+        raise UserError("the page draws in several steps, but these weights learned only one; use other weights")
     if (flow.path, flow.prediction) != ("linear", "velocity"):
         raise UserError(f"the page needs velocity on the linear path, not {flow.prediction} on {flow.path}; use other weights")
     n = torch.export.Dim("n", min=1)
