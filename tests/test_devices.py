@@ -25,7 +25,7 @@ from flowmatch_mnist.networks.mlp import MLP
 from flowmatch_mnist.sampling.generate import Flow, Sampler
 from flowmatch_mnist.sampling.likelihood import log_likelihood
 from flowmatch_mnist.support.choices import SOLVERS
-from flowmatch_mnist.support.devices import full_float32, widest_float
+from flowmatch_mnist.support.devices import full_float32, send, widest_float
 from flowmatch_mnist.support.files import load_checkpoint, save_checkpoint, save_json, save_weights
 from flowmatch_mnist.training.gradients import GradientWatch
 from flowmatch_mnist.training.module import FlowMatching
@@ -126,6 +126,10 @@ def test_on_a_gpu_the_first_step_that_is_not_finite_is_read_when_it_is_logged_or
             watch.check(step, norm, torch.tensor(0.5), [], logged=False, scaled=False)
     with pytest.raises(FloatingPointError, match=r"step 2 is not finite: loss 0.5, norm of the gradients nan"):
         watch.require_finite()
+    module = FlowMatching(MLP(classes=1, width=8, layers=1))
+    module.gradients = watch
+    with pytest.raises(FloatingPointError, match="step 2"):  # in each checkpoint, whoever saves it
+        module.on_save_checkpoint({})
 
 
 def test_likelihood_and_the_derivative_of_mean_flow_are_in_full_float32():
@@ -230,6 +234,13 @@ def test_two_processes_train_compiled_and_the_names_of_the_weights_stay(tmp_path
     assert load(path)[0].net.no_label == 1
 
 
+@pytest.mark.parametrize(("device", "waits"), [("cuda", False), ("cpu", False), ("mps", True), ("xpu", True)])
+def test_only_a_gpu_that_copies_a_tensor_first_is_sent_one_without_waiting(device, waits):
+    tensor = mock.Mock()
+    assert send(tensor, torch.device(device)) is tensor.to.return_value
+    tensor.to.assert_called_once_with(torch.device(device), non_blocking=not waits)
+
+
 def test_files_are_flushed_as_windows_demands(tmp_path, monkeypatch):
     """There, a file that is open to be read cannot be flushed."""
     flush, flushed = os.fsync, []
@@ -268,16 +279,17 @@ ASSUMPTIONS = {
     "flow/couplings.py": {"numpy": 1},  # SciPy assigns on the CPU; a GPU is waited for, once a batch
     "flow/exact.py": {"tolist": 1, "type": 1, "nonzero": 1},  # when it is made; class by class on a processor alone
     "flow/guidance.py": {"item": 1},  # of a time on the CPU
+    "flow/loss.py": {"nonzero": 1},  # of times on the CPU
     "flow/meanflow.py": {"type": 1},  # autocast wants the device's name
     "flow/solvers.py": {"float64": 2, "tolist": 2},  # times on the CPU; one check for a solve
     "flow/weighting.py": {"tolist": 1},  # once, on the CPU
     "images/pictures.py": {"numpy": 4},
     "images/strokes.py": {"float64": 5, "nonzero": 2},  # pictures, on the CPU
     "images/pixels.py": {"double": 1},  # images are on the CPU when they are dequantised for likelihoods
-    "sampling/generate.py": {"tolist": 1, "type": 1},  # times on the CPU; batches as suit the device
+    "sampling/generate.py": {"tolist": 1},  # times on the CPU
     "sampling/likelihood.py": {"double": 1},  # on the CPU
     "sampling/weights.py": {"tolist": 1},
-    "support/devices.py": {"float64": 1, "type": 4},
+    "support/devices.py": {"float64": 1, "type": 6, "non_blocking": 1},
     "support/files.py": {"numpy": 1},  # on the CPU
     "training/cli.py": {"type": 1},  # said when a run begins
     "training/config.py": {"type": 2},  # said when a run begins
@@ -285,11 +297,12 @@ ASSUMPTIONS = {
     "training/evaluation.py": {"item": 1, "tolist": 1},
     "training/gradients.py": {"item": 3, "tolist": 1, "type": 1},  # to skip a step; in a logged step
     "training/muon.py": {"type": 1},  # few operations for a processor, few launches for a GPU
-    "training/module.py": {"tolist": 2, "type": 1, "nonzero": 2},  # on the CPU; in a logged step; generators to seed
+    "training/module.py": {"tolist": 2, "type": 1, "nonzero": 1},  # on the CPU; in a logged step; generators to seed
     "training/saving.py": {"item": 1},  # in a logged step, with several processes
     "training/tensorboard.py": {"numpy": 1},  # pictures are on the CPU
 }
-"""Where the code assumes a dtype that not every device has, reads a value from a tensor, or asks what device it is on."""
+"""Where the code assumes a dtype that not every device has, reads a value from a tensor, asks what device it is on, or
+copies without waiting."""
 
 
 def test_every_assumption_on_dtype_and_device_is_listed():
@@ -298,6 +311,8 @@ def test_every_assumption_on_dtype_and_device_is_listed():
         name = path.relative_to(ROOT / "flowmatch_mnist").as_posix()
         found = Counter()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.keyword) and node.arg == "non_blocking":
+                found[node.arg] += 1
             if isinstance(node, ast.Attribute) and node.attr in words:
                 torch_device = node.attr != "type" or "device" in ast.unparse(node.value) or ast.unparse(node.value) == "found"
                 found[node.attr] += torch_device

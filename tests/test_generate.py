@@ -12,6 +12,7 @@ from flowmatch_mnist.flow.guidance import Guided, guide
 from flowmatch_mnist.flow.paths import PATHS
 from flowmatch_mnist.flow.predictions import StraightVelocity
 from flowmatch_mnist.networks.mlp import MLP
+from flowmatch_mnist.networks.unet import UNet
 from flowmatch_mnist.sampling.generate import INVERSION_SAMPLER, Flow, Sampler, Samples, draw_noise, generate, interpolate
 from flowmatch_mnist.sampling.likelihood import LIKELIHOOD_SAMPLER, log_likelihood
 
@@ -123,9 +124,13 @@ def test_mean_velocities_are_asked_of_who_knows_them_alone():
 def test_a_network_of_one_step_takes_one_step():
     flow = Flow(Shades(), one_step=True)
     for sampler in (Sampler(2, "euler"), Sampler(1, "heun"), Sampler(1, "dopri5")):
-        with pytest.raises(ValueError, match="only the one step from noise to data"):
+        with pytest.raises(ValueError, match="use 1 step of euler"):
             flow.check(sampler)
     flow.check(Sampler(1, "euler"))
+    spanning = Flow(UNet(channels=(4, 8, 8), blocks=(1, 2, 2), spans=True), one_step=True)
+    spanning.check(Sampler(1, "average"))
+    with pytest.raises(ValueError, match="use 1 step of average"):
+        spanning.check(Sampler(1, "euler"))
     assert flow.describe(Sampler(1, "euler"))["one_step"] is True and "one_step" not in Flow(Shades()).describe(Sampler())
 
 

@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -296,6 +297,8 @@ def test_stops_where_the_sampler_says(spacing, expected):
 def test_what_has_no_likelihood_says_so(sampler):
     with pytest.raises(ValueError, match="has no likelihood"):
         log_likelihood(known(), points(1), torch.tensor([0]), sampler)
+    with pytest.raises(ValueError, match="only one step"):
+        log_likelihood(replace(known(), one_step=True), points(1), torch.tensor([0]))
 
 
 def test_says_where_values_stopped_being_finite():

@@ -12,7 +12,16 @@ from flowmatch_mnist.networks.unet import UNet
 from flowmatch_mnist.sampling import likelihood
 from flowmatch_mnist.sampling.generate import Flow, Sampler
 from flowmatch_mnist.sampling.units import UNITS
-from flowmatch_mnist.sampling.weights import DESCRIPTION_KEY, load, load_digits, load_teacher, read_checkpoint, save, warm_start
+from flowmatch_mnist.sampling.weights import (
+    DESCRIPTION_KEY,
+    draws_digits,
+    load,
+    load_digits,
+    load_teacher,
+    read_checkpoint,
+    save,
+    warm_start,
+)
 from flowmatch_mnist.support.errors import UserError
 from flowmatch_mnist.support.files import save_checkpoint
 
@@ -70,6 +79,22 @@ def test_a_teacher_draws_what_its_student_draws(tmp_path, student, words):
     save(tmp_path / "net.safetensors", Flow(UNet(**SMALL)), Sampler(), {})
     with pytest.raises(UserError, match=words):
         load_teacher(str(tmp_path / "net.safetensors"), student, torch.device("cpu"))
+
+
+def test_a_network_of_one_step_is_no_teacher(tmp_path):
+    flow = Flow(UNet(**SMALL), one_step=True)
+    save(tmp_path / "net.safetensors", flow, Sampler(1, "euler"), {})
+    with pytest.raises(UserError, match="learned only one step"):
+        load_teacher(str(tmp_path / "net.safetensors"), flow, torch.device("cpu"))
+
+
+def test_who_draws_digits():
+    class Own(UNet):
+        pass
+
+    assert draws_digits(UNet(**SMALL))
+    for other in (MLP(), UNet(**SMALL, classes=5), UNet(**SMALL, image_size=32), Own(**SMALL)):
+        assert not draws_digits(other), "sample.py would refuse it"
 
 
 @pytest.mark.parametrize("one_step", [True, False])

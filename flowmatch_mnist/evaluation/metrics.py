@@ -10,9 +10,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from flowmatch_mnist.evaluation.classifiers import Classifier
 from flowmatch_mnist.evaluation.estimates import Estimate
-from flowmatch_mnist.sampling.generate import default_batch_size
 from flowmatch_mnist.support import streams
-from flowmatch_mnist.support.devices import full_float32
+from flowmatch_mnist.support.devices import default_batch_size, full_float32
 
 CHUNK = 1000
 """Number of points in one computation of distances."""

@@ -17,6 +17,7 @@ from flowmatch_mnist.networks.base import Network
 from flowmatch_mnist.sampling.units import UNITS, Units
 from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.choices import Spacing
+from flowmatch_mnist.support.devices import default_batch_size, send
 
 
 @dataclass
@@ -95,8 +96,9 @@ class Flow:
         """Raise ValueError if the sampler needs mean velocities, or several steps, that the network did not learn."""
         if sampler.solver == "average" and not self.net.spans:
             raise ValueError("solver average needs a network of mean velocities (configs/meanflow.yaml); use another solver")
-        if self.one_step and (sampler.steps > 1 or sampler.solver not in ("average", "euler")):
-            raise ValueError("the network learned only the one step from noise to data; use 1 step, or other weights")
+        only = "average" if self.one_step and self.net.spans else "euler"
+        if self.one_step and (sampler.steps > 1 or sampler.solver != only):
+            raise ValueError(f"the network learned only one step from noise to data; use 1 step of {only}, or other weights")
 
     def times(self, sampler: Sampler) -> list[float]:
         """Return the times of the sampler's steps on the straight path, from 0 to 1."""
@@ -162,7 +164,7 @@ def draw_noise(count: int, shape: tuple[int, ...], generator: torch.Generator) -
 def churn_noise(seed: int, numbers: Iterable[int], shape: tuple[int, ...], device: torch.device) -> FreshNoise:
     """Return a source of noise for the samples with these numbers, one stream for each: (samples, *shape) at each call."""
     generators = [streams.generator("cpu", seed, "churn", n) for n in numbers]
-    return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device, non_blocking=True)
+    return lambda: send(torch.stack([torch.randn(shape, generator=g) for g in generators]), device)
 
 
 @dataclass
@@ -185,11 +187,6 @@ class Samples:
     def _repr_png_(self) -> bytes | None:
         """Return the images for a notebook, in a grid of ten columns, or fewer for fewer images; None for other samples."""
         return as_png(grid(self.values, min(10, len(self.values)))) if self.values.dtype == torch.uint8 else None
-
-
-def default_batch_size(device: torch.device | str) -> int:
-    """Return how many samples to draw at a time: a few fit in a CPU's caches, and many keep a GPU busy."""
-    return 100 if torch.device(device).type == "cpu" else 1000
 
 
 @torch.inference_mode()
@@ -239,12 +236,12 @@ def generate(
     net.eval()
     kept, evaluations, done = list[Tensor](), 0, 0
     for y in labels.split(batch_size or default_batch_size(device)):
-        guided = flow.guided(y.to(device, non_blocking=True), sampler)
+        guided = flow.guided(send(y, device), sampler)
         x0 = draw_noise(len(y), net.shape, source) if noise is None else noise[done : done + len(y)]
         batch = range(done, done + len(y)) if numbers is None else numbers[done : done + len(y)]
         fresh_noise = churn_noise(seed, batch, net.shape, device) if sampler.churn else None
         states: list[Tensor] = []
-        for x in flow.states(guided, x0.to(device, non_blocking=True), sampler, fresh_noise=fresh_noise):
+        for x in flow.states(guided, send(x0, device), sampler, fresh_noise=fresh_noise):
             # Without `keep_states`, only the newest state stays in memory.
             states = [*states, x] if keep_states else [x]
         kept.append(torch.stack([decode(x) for x in states]).cpu())

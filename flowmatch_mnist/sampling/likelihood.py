@@ -151,9 +151,10 @@ def log_likelihood(
         on_batch: called after each batch with the number of its samples.
 
     Raises:
-        ValueError: if the sampler has churn, or a solver that needs rising times.
+        ValueError: if the sampler has churn, or a solver that needs rising times, or the network does not support it.
         FloatingPointError: if a state is not finite.
     """
+    flow.check(sampler)
     if not sampler.reversible:
         raise ValueError(f"{sampler.description()} has no likelihood; use another solver, and churn 0")
     net, path = flow.net, PATHS[flow.path]

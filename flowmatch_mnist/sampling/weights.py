@@ -111,6 +111,17 @@ def weights_path(weights: str) -> Path:
     return PRETRAINED.get(weights, Path(weights))
 
 
+def stored_arguments(description: dict[str, Any], net: Network) -> dict[str, Any]:
+    """Return the arguments of a described network, which is like `net`; None for what is unknown.
+
+    Older files lack arguments that were constants at that time. The defaults are these constants.
+    """
+    stored = description.get("arguments")
+    defaults = {name: parameter.default for name, parameter in inspect.signature(type(net)).parameters.items()}
+    known = defaults | stored if isinstance(stored, dict) else {}
+    return {name: known.get(name) for name in net.arguments}
+
+
 def warm_start(net: Network, path: Path) -> None:
     """Load the weights of a file into a network. The weights for spans may be missing in the file.
 
@@ -121,12 +132,9 @@ def warm_start(net: Network, path: Path) -> None:
     own = net.state_dict()
     wrong = [name for name, value in weights.items() if name not in own or own[name].shape != value.shape]
     wrong += [name for name in own if name not in weights and not name.startswith("span.")]
-    # Arguments that shapes do not reveal, such as the number of norm groups, must match. Older files lack arguments that were
-    # constants at that time; the defaults are these constants.
-    defaults = {name: parameter.default for name, parameter in inspect.signature(type(net)).parameters.items()}
-    arguments = description.get("arguments")
-    theirs = defaults | arguments if isinstance(arguments, dict) else {}
-    wrong += [name for name, value in net.arguments.items() if name not in MAY_DIFFER and theirs.get(name) != value]
+    # Arguments that shapes do not reveal, such as the number of norm groups, must match.
+    theirs = stored_arguments(description, net)
+    wrong += [name for name, value in net.arguments.items() if name not in MAY_DIFFER and theirs[name] != value]
     if wrong:
         raise UserError(
             f"the weights in {path} do not fit the config's network ({', '.join(wrong[:3])}); set model.net as in that file"
@@ -141,12 +149,16 @@ def load_teacher(weights: str, student: Flow, device: torch.device) -> Network:
 
     Raises:
         UserError: if the file cannot be read, the teacher's samples, their units or their labels differ from the student's, or
-            the teacher has another path or prediction target.
+            the teacher has another path or prediction target, or learned only one step.
     """
     flow, _ = load(weights_path(weights), device)
     if (flow.path, flow.prediction) != ("linear", "velocity"):
         raise UserError(
             f"the teacher {weights} predicts {flow.prediction} on the {flow.path} path; use one for velocity on the linear path"
+        )
+    if flow.one_step:
+        raise UserError(
+            f"the teacher {weights} learned only one step, so it has no velocity at other times; use another teacher"
         )
     theirs, ours = (
         f"{some.net.no_label} classes of shape {tuple(some.net.shape)} in {some.units.name} units" for some in (flow, student)
@@ -230,6 +242,11 @@ def draw(
     return generate(flow, y, replace(sampler, **changes), seed=seed)
 
 
+def draws_digits(net: Network) -> bool:
+    """Return whether `sample.py` can use a network: it must be one of this package, for ten classes of images of 28x28."""
+    return type(net).__name__ in NETWORKS and net.shape == (1, 28, 28) and net.no_label == 10
+
+
 def load_digits(path: Path | None, device: str) -> tuple[Path, Flow, Sampler]:
     """Return the path of a model that draws digits, its network and its sampler. None means the path `newest_or_packaged()`.
 
@@ -239,7 +256,7 @@ def load_digits(path: Path | None, device: str) -> tuple[Path, Flow, Sampler]:
     check_device(device)
     path = path or newest_or_packaged()
     flow, sampler = load(path, device)
-    if flow.net.shape != (1, 28, 28) or flow.net.no_label != 10:
+    if not draws_digits(flow.net):
         drawn = f"{flow.net.no_label} classes of shape {tuple(flow.net.shape)}"
-        raise UserError(f"{path} draws no digits (it draws {drawn}); use another --checkpoint, or `sample.py --weights mnist`")
+        raise UserError(f"{path} draws no digits (it draws {drawn}); use other weights, such as `--weights mnist`")
     return path, flow, sampler

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flowmatch_mnist.support.errors import UserError, one_line
 
@@ -24,6 +24,20 @@ def check_device(device: str) -> None:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"there is no device {device!r} on this computer; use --device cpu") from error
+
+
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a tensor from the CPU to a device. The host does not wait for the copy if this is safe.
+
+    CUDA first copies the tensor to memory of its own. Other GPUs read the tensor's memory later. By then it may be free, and
+    hold other values (PyTorch issue 189690).
+    """
+    return x.to(device, non_blocking=torch.device(device).type not in ("mps", "xpu"))
+
+
+def default_batch_size(device: torch.device | str) -> int:
+    """Return how many samples to draw at a time: a few fit in a CPU's caches, and many keep a GPU busy."""
+    return 100 if torch.device(device).type == "cpu" else 1000
 
 
 def compile_in_place(net: nn.Module, device: torch.device, mode: str | None) -> None:
