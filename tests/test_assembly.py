@@ -179,6 +179,9 @@ def test_two_processes_are_told_what_they_take_together(assemble):
         (["--model.net.channels", "[4,4]"], "one entry for each stage"),
         (["--trainer.max_epochs", "-5"], "max_epochs"),
         (["--data.batch_size", "0"], "at least 1"),
+        (["--checkpoint.save_last", "true"], "leave out --checkpoint.save_last"),
+        (["--checkpoint.save_weights_only", "true"], "leave out --checkpoint.save_weights_only"),
+        (["--checkpoint.save_on_exception", "true"], "leave out --checkpoint.save_on_exception"),
         (["--data.batch_size", "x"], "see `python train.py fit --help`"),
     ],
 )
@@ -220,6 +223,19 @@ def test_the_newest_run_goes_on_in_its_folder(assemble, tmp_path, wanted):
     assert (board.log_dir, board.at, board._kwargs["purge_step"]) == ("runs/tiny/version_4", None, 7)
     assert made.rest[-2] == f"runs/tiny/version_4/checkpoints/{wanted}.ckpt"
     assert made.done.stdout.splitlines()[0] == f"going on from runs/tiny/version_4/checkpoints/{wanted}.ckpt"
+
+
+def test_a_run_goes_on_in_the_precision_of_the_new_hardware(assemble, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "native_precision", lambda accelerator: "32-true")
+    keep(tmp_path / "runs/tiny/version_4")
+    config = tmp_path / "runs/tiny/version_4/config.yaml"
+    config.write_text(config.read_text().replace("trainer:", "trainer:\n  precision: bf16-mixed"))
+
+    def precision(*arguments):
+        return str(assemble(*arguments, "--ckpt_path", "last", config=None).trainer.precision)
+
+    assert precision("fit") == precision("test") == "32-true"
+    assert precision("test", "--trainer.precision", "bf16-mixed") == "bf16-mixed", "unless it is asked for"
 
 
 def test_from_the_path_of_a_checkpoint_a_new_run_begins(assemble, tmp_path):
@@ -270,6 +286,8 @@ def test_an_older_checkpoint_may_say_less_of_its_model_but_no_nonsense(assemble,
     older = {key: value for key, value in Flow(UNet(**NET)).net.arguments.items() if key != "groups"}
     keep(tmp_path / "runs/tiny/version_5", arguments=older)
     assert assemble("--ckpt_path", "last").done.returncode == 0, "what an older file does not mention is as by default"
+    other = assemble("--ckpt_path", "last", "--model.net.groups", 4).done
+    assert_one_line_error(other, "holds a model with arguments", "'groups': 4")
 
 
 def test_what_only_worries_is_not_shown(assemble):

@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from flowmatch_mnist.support.errors import UserError
 from flowmatch_mnist.training.best import KeepBest
 from flowmatch_mnist.training.evaluation import Evaluate
 from flowmatch_mnist.training.folder import RunFolder
@@ -25,7 +26,7 @@ def theirs(monkeypatch):
 @pytest.fixture
 def trainer(tmp_path):
     return SimpleNamespace(
-        callbacks=[RunFolder(tmp_path), Evaluate()],
+        callbacks=[RunFolder(tmp_path), Evaluate(every_n_steps=2)],
         global_step=4,
         should_stop=False,
         is_last_batch=False,
@@ -92,6 +93,18 @@ def test_by_quality_lightning_is_told_to_wait_for_it(monkeypatch):
     for monitor, told in (("quality/recall", False), ("loss/val", None)):
         KeepBest(monitor=monitor)
         assert init.call_args.kwargs.get("save_on_train_epoch_end") is told
+
+
+@pytest.mark.parametrize("schedule", ["every_n_epochs", "every_n_steps", "at_steps"])
+def test_by_quality_it_must_be_measured(theirs, trainer, schedule):
+    keep = KeepBest(monitor="quality/recall")
+    trainer.callbacks = [RunFolder(None), Evaluate(**{schedule: [3] if schedule == "at_steps" else 3})]
+    keep.setup(trainer, "module", "fit")
+    trainer.callbacks = [RunFolder(None), Evaluate()]
+    with pytest.raises(UserError, match=r"'quality/recall' needs measurements .* --evaluation\.every_n_epochs"):
+        keep.setup(trainer, "module", "fit")
+    keep.setup(trainer, "module", "test")
+    KeepBest().setup(trainer, "module", "fit")
 
 
 def test_by_quality_it_is_saved_when_that_is_measured(theirs, trainer):

@@ -31,9 +31,10 @@ from flowmatch_mnist.training.ema import EMA
 from flowmatch_mnist.training.evaluation import Evaluate
 from flowmatch_mnist.training.folder import RunFolder
 from flowmatch_mnist.training.gradients import GradientWatch
+from flowmatch_mnist.training.optimizer import learning_rate_factor
 from flowmatch_mnist.training.options import as_list, check_options
 from flowmatch_mnist.training.periodic import Periodic
-from flowmatch_mnist.training.steps import is_logged, last_step, learning_rate_factor
+from flowmatch_mnist.training.steps import is_logged, last_step
 from flowmatch_mnist.training.stopping import is_stopping, reason
 
 BATCH = (torch.zeros(3, 2), torch.zeros(5), torch.zeros(8))
@@ -360,8 +361,8 @@ def test_a_report_has_all_scores_on_the_screen_and_in_its_file(trainer, measured
     assert lines[8].split() == ["loss/test", "0.1250"]
     assert lines[9] == "20 samples with 2 network evaluations: distance ratio 15.33 ± 0.07, accuracy 0.250 ± 0.020"
     assert lines[10].startswith("and with 6 network evaluations: distance ratio 42.0")
-    assert lines[11] == f"wrote {tmp_path / 'metrics.json'} after 3 s of drawing and 2 s of measuring"
-    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert lines[11] == f"wrote {tmp_path / 'metrics-last-test.json'} after 3 s of drawing and 2 s of measuring"
+    found = json.loads((tmp_path / "metrics-last-test.json").read_text())
     assert list(found) == [
         *("checkpoint", "split", "scores", "loss/test", "samples", "sampler"),
         *("evaluations", "by steps", "seed", "seconds", "versions"),

@@ -169,7 +169,7 @@ def test_validate_and_test_need_only_the_checkpoint(tiny_run, tmp_path, subcomma
     assert f"\nloss/{split} " in done.stdout and "\nFrechet distance " in done.stdout
     how = "midpoint, 2 steps, guidance 1 (NFE 4), seed 0; compared with that split"
     assert f"40 samples with the labels of the {split} split, {how}" in done.stdout
-    report = json.loads((tmp_path / "runs/tiny/version_0/checkpoints/metrics.json").read_text())
+    report = json.loads((tmp_path / f"runs/tiny/version_0/checkpoints/metrics-last-{split}.json").read_text())
     assert report["checkpoint"] == "last.ckpt" and report["split"] == split
     assert report["samples"] == 40 and report["evaluations"] == 4 and report["sampler"]["solver"] == "midpoint"
     assert [(point["steps"], point["evaluations"]) for point in report["by steps"]] == [(1, 2), (3, 6)]
@@ -192,7 +192,7 @@ def test_two_processes_measure_what_one_does(tiny_run, tmp_path):
         done = (run if devices else run_here)("train.py", *arguments, *devices, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("wrote ") == 1
-        reports.append(json.loads((tmp_path / "runs/tiny/version_0/checkpoints/metrics.json").read_text()))
+        reports.append(json.loads((tmp_path / "runs/tiny/version_0/checkpoints/metrics-last-val.json").read_text()))
     assert reports[0]["scores"] == reports[1]["scores"] and reports[0]["by steps"] == reports[1]["by steps"]
     assert reports[0]["loss/val"] == pytest.approx(reports[1]["loss/val"], abs=1e-5)
 

@@ -16,7 +16,7 @@ from flowmatch_mnist.networks.unet import UNet
 from flowmatch_mnist.sampling.units import UNITS
 from flowmatch_mnist.support.errors import UserError
 from flowmatch_mnist.training.module import FlowMatching
-from flowmatch_mnist.training.steps import learning_rate_factor
+from flowmatch_mnist.training.optimizer import learning_rate_factor
 
 
 class Recorder(nn.Module):

@@ -41,6 +41,7 @@ HOUSE = {
         "distributed",
         "tensorboard",
         "muon",
+        "optimizer",
         "module",
         "periodic",
         "ema",

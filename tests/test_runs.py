@@ -56,6 +56,23 @@ def fit(folder: Path, *options: object):
     return done.stdout
 
 
+def test_a_resumed_run_takes_the_settings_of_the_optimizer_that_it_is_given(tmp_path):
+    fit(tmp_path, "--trainer.max_epochs", 1)
+    changed = ("--model.optimizer.lr", 0.5, "--model.optimizer.weight_decay", 0.25, "--model.warmup_steps", 0)
+    changed += ("--model.decay", "constant")
+    fit(tmp_path, "--ckpt_path", "last", "--trainer.max_epochs", 2, *changed)
+    kept = last(tmp_path)
+    (group,) = kept["optimizer_states"][0]["param_groups"]
+    assert (group["lr"], group["initial_lr"], group["weight_decay"]) == (0.5, 0.5, 0.25)
+    assert kept["lr_schedulers"][0]["base_lrs"] == [0.5] and kept["optimizer"] == "AdamW"
+    fit(tmp_path, "--ckpt_path", "last", "--trainer.max_epochs", 3)
+    (group,) = last(tmp_path)["optimizer_states"][0]["param_groups"]
+    assert group["initial_lr"] == 0.5, "the run's config has the settings that it was given"
+    other = ("--ckpt_path", "last", "--trainer.max_epochs", 4, "--model.optimizer", "torch.optim.SGD")
+    done = run_here("train.py", *TOY, *other, "--model.optimizer.lr", 0.1, cwd=tmp_path)
+    assert_one_line_error(done, "the state of AdamW", "asks for SGD", "--model.start")
+
+
 def last(folder: Path, version: str = "runs/toy/version_0", name: str = "last"):
     return load_checkpoint(folder / version / f"checkpoints/{name}.ckpt")
 

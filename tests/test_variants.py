@@ -122,5 +122,5 @@ def test_reflow_of_a_teacher_with_labels_from_end_to_end(tmp_path):
 
     table = command(tmp_path, "train.py", "test", "--ckpt_path", "runs/whole/version_0/checkpoints/last.ckpt")
     assert "500 samples with the labels of the test split" in table
-    scores = json.loads((tmp_path / "runs/whole/version_0/checkpoints/metrics.json").read_text())["scores"]
+    scores = json.loads((tmp_path / "runs/whole/version_0/checkpoints/metrics-last-test.json").read_text())["scores"]
     assert scores["on its segment"]["samples"]["value"] > 0.7

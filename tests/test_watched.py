@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,8 +31,8 @@ from flowmatch_mnist.training.evaluation import Evaluate
 from flowmatch_mnist.training.internals import average_of
 from flowmatch_mnist.training.module import FlowMatching
 from flowmatch_mnist.training.muon import Muon, orthogonalize
+from flowmatch_mnist.training.optimizer import learning_rate_factor
 from flowmatch_mnist.training.saving import CheckpointFiles
-from flowmatch_mnist.training.steps import learning_rate_factor
 
 LEVELS = [20 * label for label in range(10)]
 
@@ -108,6 +109,19 @@ def test_the_pictures_of_a_run_make_a_film_in_their_order(tmp_path, digits, monk
     assert not list((tmp_path / "samples").iterdir()), "without pictures there is no film, and no error"
     fit(tmp_path / "other", digits, DrawSamples(0, at_steps=[]))
     assert not (tmp_path / "other").exists()
+
+
+def test_a_run_that_resumes_after_its_last_pictures_makes_the_film_too(tmp_path, digits, monkeypatch):
+    monkeypatch.setattr(Trainer, "log_dir", tmp_path)
+    draws = DrawSamples(0, at_steps=[1, 2], rows=1)
+    fit(tmp_path, digits, draws)
+    (tmp_path / "samples/learning.gif").unlink()
+    resumed = DrawSamples(0, at_steps=[1, 2], rows=1)
+    resumed.load_state_dict(draws.state_dict())
+    trainer = SimpleNamespace(callbacks=[], log_dir=tmp_path, is_global_zero=True)
+    resumed.setup(trainer, None, "fit")
+    resumed.on_train_end(trainer, None)
+    assert (tmp_path / "samples/learning.gif").is_file()
 
 
 def test_pictures_mark_what_is_read_as_another_digit(data_dir):
@@ -313,7 +327,7 @@ def test_validation_measures_as_many_samples_as_it_is_asked_for(tmp_path, digits
     trainer, module = fit(tmp_path, digits, Evaluate(samples=20, test_samples=30))
     trainer.validate(module, digits, verbose=False)
     assert "30 samples with the labels of the val split" in capsys.readouterr().out
-    assert json.loads((tmp_path / "metrics.json").read_text())["samples"] == 30
+    assert json.loads((tmp_path / "metrics-val.json").read_text())["samples"] == 30
 
 
 class Seeds(Callback):

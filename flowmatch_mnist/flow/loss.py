@@ -9,7 +9,8 @@ Sources: Lipman et al. 2022, "Flow Matching for Generative Modeling", equation 9
 name the other sources.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +25,7 @@ from flowmatch_mnist.flow.predictions import Prediction, target
 from flowmatch_mnist.flow.times import LogitNormal, TimeDensity
 from flowmatch_mnist.flow.weighting import WeightingName, loss_weight
 from flowmatch_mnist.networks.base import Network
+from flowmatch_mnist.support.devices import send
 
 LossName = Literal["squared", "huber", "charbonnier"]
 
@@ -54,8 +56,8 @@ class FlowLoss:
         exact_field: the exact field of the training data; needed if `exact_until` is above 0.
 
     Raises:
-        ValueError: if a number is out of its range, `mean_flow` is used without the linear path and prediction velocity, or
-            `weighting` is used with a single training time.
+        ValueError: if a number is out of its range, `mean_flow` is used without the linear path and prediction velocity,
+            `exact_until` is used with a teacher, or `weighting` is used with a single training time.
     """
 
     path: PathName = "linear"
@@ -74,6 +76,8 @@ class FlowLoss:
             raise ValueError(f"exact_until must lie in [0, 1), got {self.exact_until}")
         if self.mean_flow and (self.path, self.prediction) != ("linear", "velocity"):
             raise ValueError("mean velocities need the linear path and prediction velocity; set both, or leave out mean_flow")
+        if self.mean_flow and self.mean_flow.teacher is not None and self.exact_until:
+            raise ValueError("a teacher gives the target, so there is no exact one; set exact_until to 0")
         self.density: TimeDensity = self.times or LogitNormal()
         if self.weighting:
             self.density.density(torch.tensor(0.5))  # a single training time has none, and raises ValueError
@@ -157,3 +161,21 @@ def reduce(error: Tensor, loss: LossName) -> Tensor:
         squares = squares.mean(1, keepdim=True)
     losses = squares if loss == "squared" else torch.sqrt(squares + HUBER**2) - HUBER
     return losses.mean(1)
+
+
+INTERVALS = 5
+"""The number of equal intervals of t in [0, 1]. Validation logs a loss for each of them."""
+
+
+def losses_by_time(
+    losses: Tensor, t: Tensor, first: float, last: float, intervals: int = INTERVALS
+) -> Iterator[tuple[str, Tensor, int]]:
+    """Yield for each interval of t its name, the mean loss, (), and the number of its samples.
+
+    The losses (B,) belong to the times t (B,). The intervals cover t from `first` to `last`; each is 1 / `intervals` wide. The
+    times are on the CPU, so the host does not wait for a GPU.
+    """
+    for i in range(int(first * intervals), math.ceil(last * intervals)):
+        inside = ((t * intervals).long() == i).nonzero().flatten()
+        mean = losses[send(inside, losses.device)].sum() / max(1, len(inside))
+        yield f"{i / intervals:.1f} to {(i + 1) / intervals:.1f}", mean, len(inside)

@@ -7,9 +7,17 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from flowmatch_mnist.support.errors import UserError
 from flowmatch_mnist.support.files import replacing
 from flowmatch_mnist.training.evaluation import QUALITY, Evaluate
 from flowmatch_mnist.training.folder import folder_of
+
+REFUSED = {
+    "save_last": "last.ckpt is written by --saving",
+    "save_on_exception": "after an error the weights are not the best, and --saving keeps the newest in last.ckpt",
+    "save_weights_only": "a checkpoint would then hold other weights than the averages that were measured",
+}
+"""Arguments of `ModelCheckpoint` that are refused, with the reasons."""
 
 
 class KeepBest(ModelCheckpoint):
@@ -23,10 +31,10 @@ class KeepBest(ModelCheckpoint):
         save_top_k: number of checkpoints to keep; -1 keeps all, 0 keeps none.
         mode: "min" if a lower number is better, "max" if a higher number is better.
         enable_version_counter: whether a new file with the name of an old one gets a number instead of replacing it.
-        settings: other arguments of Lightning's `ModelCheckpoint`.
+        settings: other arguments of Lightning's `ModelCheckpoint`, except those in `REFUSED`.
 
     Raises:
-        ValueError: if several checkpoints would get the same name, or if it would write `last.ckpt`, which `SaveLast` writes.
+        ValueError: if several checkpoints would get the same name, or an argument is refused.
     """
 
     def __init__(
@@ -38,8 +46,9 @@ class KeepBest(ModelCheckpoint):
         enable_version_counter: bool = False,
         **settings: Any,
     ) -> None:
-        if settings.get("save_last"):
-            raise ValueError("last.ckpt is written by --saving; leave out --checkpoint.save_last")
+        for setting, reason in REFUSED.items():
+            if settings.get(setting):
+                raise ValueError(f"{reason}; leave out --checkpoint.{setting}")
         if filename is not None and save_top_k not in (0, 1) and "{" not in filename:
             raise ValueError(
                 f"--checkpoint.filename {filename!r} is one name for several checkpoints; add {{step}} to it, or leave it out"
@@ -64,7 +73,18 @@ class KeepBest(ModelCheckpoint):
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Keep the checkpoints in the run's folder, unless `dirpath` names another."""
+        """Keep the checkpoints in the run's folder, unless `dirpath` names another.
+
+        Raises:
+            UserError: if the run never measures the number.
+        """
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        measures = any(isinstance(callback, Evaluate) and callback.scheduled for callback in callbacks)
+        if stage == "fit" and self.by_quality and not measures:
+            raise UserError(
+                f"--checkpoint.monitor {self.monitor!r} needs measurements during training; set --evaluation.every_n_epochs or "
+                "--evaluation.every_n_steps"
+            )
         self.folder = folder_of(trainer)
         if self.dirpath is None and self.folder is not None:
             self.dirpath = str(self.folder / "checkpoints")

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from flowmatch_mnist.data import curve, digits, reflow  # noqa: F401  configs and options name their data modules
 from flowmatch_mnist.data.pairs import PairsDataModule
-from flowmatch_mnist.sampling.weights import DESCRIPTION_KEY, read_checkpoint
+from flowmatch_mnist.sampling.weights import DESCRIPTION_KEY, draws_digits, read_checkpoint, stored_arguments
 from flowmatch_mnist.support.errors import UserError, exit_on_error, one_line
 from flowmatch_mnist.training.arguments import NEWEST, RUNS, complete, find_checkpoint, option, run_folder
 from flowmatch_mnist.training.best import KeepBest
@@ -64,6 +64,13 @@ class CLI(LightningCLI):
     stored_step: int | None = None
     resumes = False
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return Lightning's subcommands, or only the one that is asked for: it takes a while to build the parser of each."""
+        found = LightningCLI.subcommands()
+        asked = sys.argv[1:2]
+        return {name: skipped for name, skipped in found.items() if [name] == asked} or found
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=str, default="mnist", help="The run's name: it goes to runs/<name>/version_<n>/.")
         parser.add_lightning_class_args(EMA, "ema")
@@ -84,7 +91,9 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand]
         check_name(config.name)
         check_options(config.trainer)
-        if config.trainer.precision is None:
+        # A run may go on, or be measured, on other hardware than its config was written on.
+        moved = self.checkpoint is not None and option(sys.argv, "--trainer.precision") is None
+        if config.trainer.precision is None or (moved and config.trainer.precision == "bf16-mixed"):
             config.trainer.precision = native_precision(config.trainer.accelerator)
         config.weights_only = True
         root = Path(config.trainer.default_root_dir or RUNS)
@@ -167,9 +176,7 @@ class CLI(LightningCLI):
         if checkpoint is not None:
             wanted = self.model.flow.describe(self.model.sampler)
             for key in ("network", "arguments", "path", "prediction", "units"):
-                stored = self.stored.get(key)
-                if key == "arguments" and isinstance(stored, dict):
-                    stored = {**wanted[key], **stored}  # arguments that an older file does not mention have their defaults
+                stored = stored_arguments(self.stored, self.model.net) if key == "arguments" else self.stored.get(key)
                 if stored != wanted[key]:
                     raise UserError(
                         f"{checkpoint} holds a model with {key} {self.stored.get(key)}, but the config asks for {wanted[key]}; "
@@ -204,7 +211,7 @@ class CLI(LightningCLI):
     def after_fit(self) -> None:
         """Print the results, and the next commands."""
         if self.folder is not None and self.trainer.is_global_zero and self.trainer.state.finished:
-            print(what_next(self.folder, self.versions.parent, self.datamodule.problem.kind == "images"), flush=True)
+            print(what_next(self.folder, self.versions.parent, draws_digits(self.model.net)), flush=True)
 
 
 def raised_by_lightning(error: BaseException) -> bool:

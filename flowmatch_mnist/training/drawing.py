@@ -51,6 +51,15 @@ class DrawSamples(Periodic):
         self.folder: Path | None = None
         self._filmed: str | None = None  # the name of the pictures in the animation
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the step of the last drawing, and the name of its pictures for the animation."""
+        return {**super().state_dict(), "filmed": self._filmed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore both."""
+        super().load_state_dict(state_dict)
+        self._filmed = state_dict.get("filmed")
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Get the run's folder now, because all processes must ask together; later only one process draws."""
         self.folder = folder_of(trainer)

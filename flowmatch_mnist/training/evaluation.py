@@ -38,8 +38,9 @@ class Evaluate(Periodic):
 
     During training it measures `samples` samples. The scores go to the loggers and into Lightning's metrics, where
     `--checkpoint.monitor`, early stopping and other callbacks can use them. In `validate` and `test` it measures `test_samples`
-    samples, prints a table, and writes `metrics.json` next to the checkpoint. It also measures `samples` samples for each
-    number of steps. These scores go into `metrics.json` and, as curves over the network evaluations, into TensorBoard.
+    samples, prints a table, and writes a file such as `metrics-last-test.json` next to `last.ckpt`. It also measures `samples`
+    samples for each number of steps. These scores go into that file and, as curves over the network evaluations, into
+    TensorBoard.
 
     The problem decides what is measured. The samples have the labels of the real data that they are compared with, in the same
     proportions. Each process draws a share of the samples, and one process measures all of them. The samples do not depend on
@@ -141,8 +142,8 @@ class Evaluate(Periodic):
             print(
                 f"{'and' if number else f'{self.samples:,} samples'} with {point['evaluations']} network evaluations: {words}"
             )
-        checkpoint = Path(str(trainer.ckpt_path))
-        report = checkpoint.with_name("metrics.json")
+        checkpoint = Path(trainer.ckpt_path or "")  # "" in your own program, if it measures a network that is in memory
+        report = checkpoint.parent / f"{'-'.join(filter(None, ('metrics', checkpoint.stem, split)))}.json"
         save_json(
             report,
             {

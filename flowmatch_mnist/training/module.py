@@ -3,9 +3,7 @@
 The loss itself is in `flow/loss.py` and does not need Lightning.
 """
 
-import math
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from flowmatch_mnist.data.pairs import Pairs, PairsDataModule, position_of
 from flowmatch_mnist.flow.exact import ExactField
-from flowmatch_mnist.flow.loss import FlowLoss, reduce
+from flowmatch_mnist.flow.loss import FlowLoss, losses_by_time, reduce
 from flowmatch_mnist.flow.paths import PATHS
 from flowmatch_mnist.flow.times import fixed_times
 from flowmatch_mnist.networks.base import Network
@@ -23,15 +21,19 @@ from flowmatch_mnist.sampling.generate import Flow, Sampler, churn_noise
 from flowmatch_mnist.sampling.units import UNITS
 from flowmatch_mnist.sampling.weights import DESCRIPTION_KEY, load_teacher, warm_start, weights_path
 from flowmatch_mnist.support import streams
-from flowmatch_mnist.support.devices import compile_in_place
-from flowmatch_mnist.support.errors import UserError, one_line
+from flowmatch_mnist.support.devices import compile_in_place, send
+from flowmatch_mnist.support.errors import UserError
 from flowmatch_mnist.training.gradients import GradientWatch
-from flowmatch_mnist.training.internals import unscale_before_clipping
-from flowmatch_mnist.training.steps import Decay, is_logged, learning_rate_factor
+from flowmatch_mnist.training.optimizer import (
+    OPTIMIZER_KEY,
+    Decay,
+    build_optimizer,
+    learning_rate_factor,
+    settings_of,
+    use_settings,
+)
+from flowmatch_mnist.training.steps import is_logged
 from flowmatch_mnist.training.tensorboard import log_scalars
-
-INTERVALS = 5
-"""The number of equal intervals of t in [0, 1]. Validation logs a loss for each of them."""
 
 EXACT_LOSS_UNTIL = 0.2
 """Before this t on the linear path, validation also logs the loss with the exact target, as `loss_exact`.
@@ -39,20 +41,6 @@ EXACT_LOSS_UNTIL = 0.2
 On other paths, the limit is the t with the same log-SNR. At later t, this loss does not measure the quality of a network. At
 t = 0.2, the exact field of the training digits predicts held-out digits as well as a good network does, and at t = 0.3 a third
 worse."""
-
-
-def losses_by_time(
-    losses: Tensor, t: Tensor, first: float, last: float, intervals: int = INTERVALS
-) -> Iterator[tuple[str, Tensor, int]]:
-    """Yield for each interval of t its name, the mean loss, (), and the number of its samples.
-
-    The losses (B,) belong to the times t (B,). The intervals cover t from `first` to `last`; each is 1 / `intervals` wide. The
-    times are on the CPU, so the host does not wait for a GPU.
-    """
-    for i in range(int(first * intervals), math.ceil(last * intervals)):
-        inside = ((t * intervals).long() == i).nonzero().flatten()
-        mean = losses[inside.to(losses.device, non_blocking=True)].sum() / max(1, len(inside))
-        yield f"{i / intervals:.1f} to {(i + 1) / intervals:.1f}", mean, len(inside)
 
 
 class FlowMatching(LightningModule):
@@ -78,6 +66,7 @@ class FlowMatching(LightningModule):
     """
 
     last_loss: Tensor  # the loss of the last training batch, (), on the device
+    _stored_optimizer: str | None = None  # the optimizer's class name in the checkpoint that the run resumes from
 
     def __init__(
         self,
@@ -185,8 +174,7 @@ class FlowMatching(LightningModule):
         x0, x1, y = batch
         position = position_of(self.trainer)
         # The CPU draws the times: they are then the same for every device, and a GPU needs no kernel for them.
-        t = position.share(self.objective.density.sample, len(y), torch.device("cpu"), self.seed, "times")
-        t = t.to(self.device, non_blocking=True)
+        t = send(position.share(self.objective.density.sample, len(y), torch.device("cpu"), self.seed, "times"), self.device)
         # For the network's own dropout. torch.manual_seed takes a millisecond even without a GPU, so CPU runs avoid it.
         seed = torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed
         seed(streams.seed(self.seed, "network", position.step, position.rank))
@@ -245,7 +233,7 @@ class FlowMatching(LightningModule):
         first, last = self.objective.density.support
         t = first + (last - first) * fixed_times(batch_idx, positions)  # on the CPU, as in training
         # Only training uses compiled code: another batch size, without gradients, would be compiled again.
-        t_on_device = t.to(self.device, non_blocking=True)
+        t_on_device = send(t, self.device)
         error = self.objective.error(self.net.forward, x0, x1, y, t_on_device)
         losses = reduce(error, "squared")
         self.log(f"loss/{split}", losses.mean(), prog_bar=split == "val", batch_size=len(y), sync_dist=True)
@@ -275,11 +263,8 @@ class FlowMatching(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer, and the schedule that warms up and decays its learning rate by steps."""
-        try:
-            optimizer = self.optimizer(self.parameters())
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"model.optimizer does not work: {one_line(error)}; correct its settings") from error
-        unscale_before_clipping(optimizer)
+        optimizer = build_optimizer(self.optimizer, self.parameters(), self._stored_optimizer)
+        self._settings = settings_of(optimizer)
 
         def factor(step: int) -> float:
             # Not read before the first step: reading it loads the data, and a resumed run must first restore its position.
@@ -288,6 +273,21 @@ class FlowMatching(LightningModule):
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """Use the optimizer's settings of this run, because a checkpoint restores those of the earlier run."""
+        use_settings(cast(LambdaLR, self.lr_schedulers()), self._settings)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Describe the network and the sampler in the checkpoint, because `sample.py` reads no config."""
+        """Describe the network and the sampler in the checkpoint, because `sample.py` reads no config.
+
+        Raises:
+            FloatingPointError: if a step so far was not finite.
+        """
+        self.gradients.require_finite()
         checkpoint[DESCRIPTION_KEY] = self.flow.describe(self.sampler)
+        for optimizer in self.trainer.optimizers:
+            checkpoint[OPTIMIZER_KEY] = type(optimizer).__name__
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember the optimizer that wrote the checkpoint."""
+        self._stored_optimizer = checkpoint.get(OPTIMIZER_KEY)

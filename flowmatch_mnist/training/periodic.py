@@ -33,6 +33,11 @@ class Periodic(Callback):
         self.at_steps = frozenset(at_steps)
         self.done_at = -1
 
+    @property
+    def scheduled(self) -> bool:
+        """Return whether it ever acts during training."""
+        return bool(self.every_n_epochs or self.every_n_steps or self.at_steps)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the step of the last action, because a resumed run must not act in it again."""
         return {"done_at": self.done_at}

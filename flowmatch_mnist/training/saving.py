@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from flowmatch_mnist.support.commands import as_typed
 from flowmatch_mnist.support.files import load_checkpoint, save_checkpoint
+from flowmatch_mnist.training.arguments import RUNS
 from flowmatch_mnist.training.folder import folder_of
 from flowmatch_mnist.training.internals import (
     Handler,
@@ -27,7 +28,6 @@ from flowmatch_mnist.training.internals import (
     take_over_requeueing,
     validation_follows,
 )
-from flowmatch_mnist.training.module import FlowMatching
 from flowmatch_mnist.training.requeue import mark, requeue, unmark
 from flowmatch_mnist.training.steps import is_logged
 from flowmatch_mnist.training.stopping import is_stopping, reason, stopped_early
@@ -135,11 +135,13 @@ class SaveLast(Checkpoint):
         if self._stop_for:
             number = self._stop_for % REQUEUE
             if trainer.is_global_zero:
-                next_step = requeue() if self._stop_for > REQUEUE else f"resume it with `{as_typed('train')} --ckpt_path last`"
-                kept = f"wrote {self.path}; " if self.path else ""
-                print(
-                    f"stopped by {signal.Signals(number).name} after step {trainer.global_step}; {kept}{next_step}", flush=True
-                )
+                words = [f"stopped by {signal.Signals(number).name} after step {trainer.global_step}"]
+                words += [f"wrote {self.path}"] if self.path else []
+                if self._stop_for > REQUEUE:
+                    words.append(requeue())
+                elif self.path:
+                    words.append(how_to_resume(self.path))
+                print("; ".join(words), flush=True)
             # Only one process exits with the signal's status, because a launcher that sees such a status kills the others.
             raise SystemExit(128 + number if trainer.is_global_zero else 0)
 
@@ -158,7 +160,7 @@ class SaveLast(Checkpoint):
         self._due |= bool(self.every_n_steps) and trainer.global_step % self.every_n_steps == 0
         self._decide_save_or_stop(trainer, agree=is_logged(trainer, trainer.global_step))
         if self._due and not trainer.is_last_batch and not validation_follows(trainer):
-            self._save(trainer, pl_module)
+            self._save(trainer)
 
     def _finish_the_step(self, trainer: Trainer) -> None:
         """Delay a stop in the middle of gradient accumulation until the step is finished.
@@ -178,7 +180,7 @@ class SaveLast(Checkpoint):
             self._decide_save_or_stop(trainer, agree=True)
             self._due = True
             if not trainer.is_last_batch and not self._accumulating:
-                self._save(trainer, pl_module)
+                self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save at the end of an epoch."""
@@ -187,7 +189,7 @@ class SaveLast(Checkpoint):
         # After a stop at a validation in mid-epoch, the run is already saved. If it were saved again here, Lightning would
         # count that step twice.
         if trainer.is_last_batch or trainer.global_step != self._saved_step:
-            self._save(trainer, pl_module)
+            self._save(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Do not count an epoch as done if the run stops in its middle. Lightning would. This applies to every checkpoint."""
@@ -226,14 +228,20 @@ class SaveLast(Checkpoint):
         self._due |= wish > 0
         self._stop_for = wish if wish > 1 else 0
 
-    def _save(self, trainer: Trainer, module: LightningModule) -> None:
-        cast(FlowMatching, module).gradients.require_finite()
+    def _save(self, trainer: Trainer) -> None:
         if trainer.fast_dev_run or self.path is None:  # type: ignore[attr-defined]
             return
         # Write all logs to disk first, because a resumed run does not log the steps before the checkpoint again.
         flush(trainer)
         trainer.save_checkpoint(self.path)
         self._due, self._saved_at, self._saved_step = False, time.monotonic(), trainer.global_step
+
+
+def how_to_resume(last: Path) -> str:
+    """Return a message with the command that resumes the run of a `last.ckpt`, wherever the folder of all runs is."""
+    roots = last.parents[3:4]  # of <root>/<name>/version_<n>/checkpoints/last.ckpt
+    where = "" if roots in ((), (RUNS,)) else f" --trainer.default_root_dir {roots[0]}"
+    return f"resume it with `{as_typed('train')} --ckpt_path last{where}`"
 
 
 def end_together(trainer: Trainer) -> Handler:
