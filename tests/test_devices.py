@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, assert_one_line_error, run, run_here
+from conftest import ROOT, TINY, run, run_here
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision
 
@@ -174,12 +174,6 @@ def test_workers_that_are_not_forked_cut_the_same_batches():
     finally:
         multiprocessing.set_start_method(before, force=True)
     assert all(torch.equal(a, b) for a, b in zip(*shares, strict=True))
-
-
-@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true"])
-def test_precisions_without_32_bits_are_refused(precision, tmp_path, data_dir):
-    asked = ("train.py", "--config", TINY, "--data.data_dir", data_dir, "--trainer.precision", precision)
-    assert_one_line_error(run_here(*asked, cwd=tmp_path), precision, "one of 32-true, bf16-mixed, 16-mixed")
 
 
 def test_one_device_is_used_unless_more_are_asked_for(tmp_path):

@@ -187,9 +187,9 @@ def test_where_there_is_no_exact_field_validation_does_without():
     assert not any("exact" in name for name in found)
 
 
-def test_by_the_command_line(data_dir, tmp_path):
+def test_by_the_command_line(few_digits, tmp_path):
     few = ["--trainer.limit_train_batches", 2, "--evaluation.every_n_epochs", 0, "--sampling.every_n_epochs", 0]
-    train = ["train.py", "fit", "--config", TINY, "--data.data_dir", data_dir, "--trainer.max_epochs", 1, *few]
+    train = ["train.py", "fit", "--config", TINY, "--data.data_dir", few_digits, "--trainer.max_epochs", 1, *few]
     weights = []
     for until in (0, 0.3, 0.6):
         done = run_here(*train, "--model.exact_until", until, cwd=tmp_path)

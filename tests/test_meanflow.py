@@ -172,9 +172,9 @@ def test_what_learns_from_a_teacher_or_from_pairs_may_do_without_instants_and_a_
     FlowLoss(mean_flow=MeanFlow(), exact_until=0.3)
 
 
-def test_a_student_by_the_command_line(tiny_run, tmp_path, data_dir):
+def test_a_student_by_the_command_line(tiny_run, tmp_path, few_digits):
     teacher = tiny_run / "runs/tiny/version_0/checkpoints/last.ckpt"
-    common = ("--config", TINY, "--data.data_dir", data_dir, "--name", "student", "--trainer.max_epochs", 1)
+    common = ("--config", TINY, "--data.data_dir", few_digits, "--name", "student", "--trainer.max_epochs", 1)
     spans = (
         "--model.net.spans",
         "true",

@@ -173,4 +173,4 @@ def test_limits_of_the_other_commands(tmp_path):
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true"])
 def test_other_precisions_are_refused(tmp_path, precision):
     done = run_here("train.py", *TOY, "--trainer.precision", precision, cwd=tmp_path)
-    assert_one_line_error(done, precision, "32-true, bf16-mixed, 16-mixed")
+    assert_one_line_error(done, precision, "one of 32-true, bf16-mixed, 16-mixed")

@@ -3,9 +3,8 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -148,9 +147,9 @@ def test_a_run_that_early_stopping_ended_stays_ended(tmp_path):
 
 
 def test_runs_that_start_at_once_get_a_folder_each_and_one_trains_in_it_at_a_time(tmp_path):
-    code = "from pathlib import Path; from flowmatch_mnist.training.folder import create_version as c; print(c(Path('x')))"
-    starts = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert sorted(process.communicate()[0].strip() for process in starts) == ["x/version_0", "x/version_1", "x/version_2"]
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(create_version, [tmp_path / "x"] * 8))
+    assert sorted(folder.name for folder in folders) == [f"version_{n}" for n in range(8)]
     fit(tmp_path)
     lock = FileLock(tmp_path / "runs/toy/version_0/.lock", is_singleton=False)
     with lock:

@@ -90,18 +90,18 @@ def make(folder, data_dir, files, **settings):
     ],
     ids=["by epochs", "by steps", "with accumulation"],
 )
-def test_a_run_goes_on_to_the_bit_from_every_checkpoint_it_ever_kept(settings, tmp_path, data_dir, monkeypatch):
+def test_a_run_goes_on_to_the_bit_from_every_checkpoint_it_ever_kept(settings, tmp_path, few_digits, monkeypatch):
     monkeypatch.chdir(tmp_path)
     kept = tmp_path / "kept"
     kept.mkdir()
-    trainer, module, data, seen, drawings = make(tmp_path, data_dir, KeepAll(kept), **settings)
+    trainer, module, data, seen, drawings = make(tmp_path, few_digits, KeepAll(kept), **settings)
     trainer.fit(module, data)
     final = load_checkpoint(tmp_path / "checkpoints/last.ckpt")
     paths = sorted(kept.iterdir())
     assert len(paths) >= trainer.global_step
     for path in paths:
         begun = load_checkpoint(path)
-        trainer, module, data, again, more = make(tmp_path, data_dir, CheckpointFiles(), **settings)
+        trainer, module, data, again, more = make(tmp_path, few_digits, CheckpointFiles(), **settings)
         trainer.fit(module, data, ckpt_path=path, weights_only=True)
         if not again.steps:
             assert begun["global_step"] == final["global_step"], f"{path} ends too early"
@@ -208,11 +208,11 @@ def test_a_single_flipped_bit_is_refused_by_name(tiny_run, tmp_path):
         )
 
 
-def test_what_a_killed_writer_left_is_cleared_away(tmp_path, data_dir, monkeypatch):
+def test_what_a_killed_writer_left_is_cleared_away(tmp_path, few_digits, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/.123.last.ckpt").write_bytes(b"half")
-    trainer, module, data, *_ = make(tmp_path, data_dir, CheckpointFiles(), max_steps=1)
+    trainer, module, data, *_ = make(tmp_path, few_digits, CheckpointFiles(), max_steps=1)
     trainer.fit(module, data)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
 
@@ -273,9 +273,9 @@ class Explode(Callback):
             batch[1].fill_(torch.inf)
 
 
-def test_a_step_that_is_not_finite_stops_the_run_with_a_checkpoint_from_before_it(tmp_path, data_dir, monkeypatch):
+def test_a_step_that_is_not_finite_stops_the_run_with_a_checkpoint_from_before_it(tmp_path, few_digits, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    trainer, module, data, *_ = make(tmp_path, data_dir, CheckpointFiles())
+    trainer, module, data, *_ = make(tmp_path, few_digits, CheckpointFiles())
     trainer.callbacks.insert(0, Explode())
     with pytest.raises(FloatingPointError, match=r"step 4 is not finite: loss (inf|nan), norm of the gradients nan"):
         trainer.fit(module, data)
@@ -284,9 +284,9 @@ def test_a_step_that_is_not_finite_stops_the_run_with_a_checkpoint_from_before_i
     assert all(value.isfinite().all() for value in held["current_model_state"].values())
 
 
-def test_or_is_left_out(tmp_path, data_dir, monkeypatch, capsys):
+def test_or_is_left_out(tmp_path, few_digits, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    trainer, module, data, *_ = make(tmp_path, data_dir, CheckpointFiles())
+    trainer, module, data, *_ = make(tmp_path, few_digits, CheckpointFiles())
     module.gradients.on_non_finite = "skip"
     trainer.callbacks.insert(0, Explode())
     trainer.fit(module, data)
@@ -294,10 +294,10 @@ def test_or_is_left_out(tmp_path, data_dir, monkeypatch, capsys):
     assert trainer.global_step == 10 and all(p.isfinite().all() for p in module.parameters())
 
 
-def test_lightnings_deterministic_mode_works(tmp_path, data_dir, monkeypatch):
+def test_lightnings_deterministic_mode_works(tmp_path, few_digits, monkeypatch):
     monkeypatch.chdir(tmp_path)
     try:
-        trainer, module, data, *_ = make(tmp_path, data_dir, CheckpointFiles(), deterministic=True, max_steps=3)
+        trainer, module, data, *_ = make(tmp_path, few_digits, CheckpointFiles(), deterministic=True, max_steps=3)
         trainer.fit(module, data)
     finally:
         torch.use_deterministic_algorithms(False)

@@ -8,7 +8,7 @@ from urllib.parse import urlencode
 from urllib.request import Request, urlopen
 
 import pytest
-from conftest import TINY, run, run_here
+from conftest import TINY, only_first_images, run_here
 from PIL import Image
 from tensorboard import program
 
@@ -23,10 +23,10 @@ def measured_run(tmp_path_factory, data_dir):
     """A folder in which the tiny config ran, with evaluation."""
     folder = tmp_path_factory.mktemp("measured")
     few = ("--evaluation.every_n_epochs", 1, "--evaluation.samples", 20, "--data.data_dir", data_dir)
-    done = run("train.py", "--config", TINY, *few, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    done = run_here("train.py", "test", "--ckpt_path", "last", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    with only_first_images(data_dir):
+        for arguments in (["--config", TINY, *few], ["test", "--ckpt_path", "last"]):
+            done = run_here("train.py", *arguments, cwd=folder)
+            assert done.returncode == 0, done.stderr
     return folder
 
 

@@ -68,10 +68,10 @@ def test_points_come_out_in_the_units_of_the_plane_also_of_older_files(tmp_path)
         draw([0], tmp_path / "wrong.safetensors")
 
 
-def test_ddpm_trains_and_draws_by_ancestral_sampling(tmp_path, data_dir):
+def test_ddpm_trains_and_draws_by_ancestral_sampling(tmp_path, few_digits):
     tiny = ["--model.net.channels=[4,8,8]", "--model.net.blocks=[1,2,2]", "--model.compile", "false"]
     short = ["--trainer.max_steps", 4, "--trainer.val_check_interval", 4, "--trainer.limit_val_batches", 1]
-    data = ["--data.data_dir", data_dir, "--data.batch_size", 16]
+    data = ["--data.data_dir", few_digits, "--data.batch_size", 16, "--data.val_size", 100]
     done = run_here("train.py", "--config", ROOT / "configs/ddpm.yaml", *tiny, *short, *data, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     drawn = run_here("sample.py", "7", cwd=tmp_path)

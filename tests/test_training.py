@@ -41,7 +41,7 @@ def make(data_dir, folder, callbacks, net=None, optimizer=torch.optim.AdamW, **s
     return trainer, module, data
 
 
-def test_the_average_is_warmed_up_and_follows_its_definition(data_dir, tmp_path):
+def test_the_average_is_warmed_up_and_follows_its_definition(few_digits, tmp_path):
     class Follow(Callback):
         """Computes the average once more, by its definition."""
 
@@ -53,7 +53,7 @@ def test_the_average_is_warmed_up_and_follows_its_definition(data_dir, tmp_path)
             self.average = [decay * a + (1 - decay) * w for a, w in zip(old, weights, strict=True)]
 
     ema, follow = EMA(decay=0.5), Follow()
-    trainer, module, data = make(data_dir, tmp_path, [follow, ema])
+    trainer, module, data = make(few_digits, tmp_path, [follow, ema])
     trainer.fit(module, data)
     for expected, found in zip(follow.average, average_of(ema).net.parameters(), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
@@ -70,14 +70,14 @@ class Normalised(UNet):
         return super().forward(self.norm(x), t, y, until)
 
 
-def test_buffers_are_averaged_and_whole_numbers_among_them_copied(data_dir, tmp_path):
+def test_buffers_are_averaged_and_whole_numbers_among_them_copied(few_digits, tmp_path):
     class Follow(Callback):
         def on_train_batch_end(self, trainer, module, *_):
             now = module.net.norm.running_var.clone()
             self.average = 0.1 * self.average + 0.9 * now if trainer.global_step > 1 else now
 
     ema, follow = EMA(decay=0.1), Follow()
-    trainer, module, data = make(data_dir, tmp_path, [follow, ema], Normalised(), limit_val_batches=0)
+    trainer, module, data = make(few_digits, tmp_path, [follow, ema], Normalised(), limit_val_batches=0)
     trainer.fit(module, data)
     norm = average_of(ema).net.norm
     torch.testing.assert_close(norm.running_var, follow.average)
@@ -107,10 +107,10 @@ class DrawTwice(DrawSamples):
             return image.copy()
 
 
-def test_the_averaged_weights_are_what_gets_sampled(data_dir, tmp_path, monkeypatch):
+def test_the_averaged_weights_are_what_gets_sampled(few_digits, tmp_path, monkeypatch):
     draw = DrawTwice(rows=1)
     draw.folder = tmp_path
-    trainer, module, data = make(data_dir, tmp_path, [EMA(), draw], max_epochs=1)
+    trainer, module, data = make(few_digits, tmp_path, [EMA(), draw], max_epochs=1)
     monkeypatch.setattr(type(trainer), "log_dir", tmp_path)
     trainer.fit(module, data)
     first, raw_moved, average_moved = draw.pictures
@@ -133,22 +133,22 @@ class Record(Callback):
             self.seen[-1].extend(tensor.clone() for tensor in inputs)
 
 
-def test_no_two_steps_see_the_same_noise_even_with_gradient_accumulation(data_dir, tmp_path):
+def test_no_two_steps_see_the_same_noise_even_with_gradient_accumulation(few_digits, tmp_path):
     record = Record()
-    trainer, module, data = make(data_dir, tmp_path, [record], accumulate_grad_batches=2)
+    trainer, module, data = make(few_digits, tmp_path, [record], accumulate_grad_batches=2)
     trainer.fit(module, data)
     noises = {seen[0].sum().item() for seen in record.seen}
     times = {seen[4].sum().item() for seen in record.seen}
     assert len(noises) == len(times) == len(record.seen) == 10
 
 
-def test_validation_is_the_same_whenever_it_is_measured_and_splits_by_time(data_dir, tmp_path):
+def test_validation_is_the_same_whenever_it_is_measured_and_splits_by_time(few_digits, tmp_path):
     losses = []
     for seed, batch_size in ((1, 16), (2, 32)):
-        trainer, _, _ = make(data_dir, tmp_path, [])
+        trainer, _, _ = make(few_digits, tmp_path, [])
         torch.manual_seed(1)
         module = FlowMatching(UNet((4, 8, 8), (1, 1, 1)), seed=seed)
-        data = MNISTDataModule(str(data_dir), batch_size=batch_size, val_size=32, eval_batch_size=16, seed=seed)
+        data = MNISTDataModule(str(few_digits), batch_size=batch_size, val_size=32, eval_batch_size=16, seed=seed)
         losses.append(trainer.validate(module, data, verbose=False)[0])
     assert losses[0] == losses[1]
     by_time = [value for name, value in losses[0].items() if name.startswith("loss_by_time/val")]
@@ -157,8 +157,8 @@ def test_validation_is_the_same_whenever_it_is_measured_and_splits_by_time(data_
 
 
 @pytest.mark.parametrize("optimizer", [partial(torch.optim.AdamW, fused=True), Muon])
-def test_trains_in_bf16_with_clipped_gradients_and_keeps_weights_in_fp32(data_dir, tmp_path, optimizer):
-    trainer, module, data = make(data_dir, tmp_path, [], optimizer=optimizer, precision="bf16-mixed", gradient_clip_val=0.01)
+def test_trains_in_bf16_with_clipped_gradients_and_keeps_weights_in_fp32(few_digits, tmp_path, optimizer):
+    trainer, module, data = make(few_digits, tmp_path, [], optimizer=optimizer, precision="bf16-mixed", gradient_clip_val=0.01)
     dtypes, norms = set(), []
     module.net.stem.register_forward_hook(lambda layer, inputs, output: dtypes.add(output.dtype))
     clip = module.configure_gradient_clipping
@@ -175,17 +175,17 @@ def test_trains_in_bf16_with_clipped_gradients_and_keeps_weights_in_fp32(data_di
 
 
 @pytest.mark.parametrize("limit", [0, -1, -0.5])
-def test_a_limit_of_zero_or_less_clips_no_gradients(data_dir, tmp_path, limit):
+def test_a_limit_of_zero_or_less_clips_no_gradients(few_digits, tmp_path, limit):
     weights = []
     for value in (None, limit):
-        trainer, module, data = make(data_dir, tmp_path, [], gradient_clip_val=value)
+        trainer, module, data = make(few_digits, tmp_path, [], gradient_clip_val=value)
         trainer.fit(module, data)
         weights.append(torch.nn.utils.parameters_to_vector(module.net.parameters()))
     assert torch.equal(*weights)
 
 
-def test_the_report_prints_a_line_for_each_epoch(data_dir, tmp_path, capsys):
-    trainer, module, data = make(data_dir, tmp_path, [Report()], log_every_n_steps=2)
+def test_the_report_prints_a_line_for_each_epoch(few_digits, tmp_path, capsys):
+    trainer, module, data = make(few_digits, tmp_path, [Report()], log_every_n_steps=2)
     trainer.fit(module, data)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["epoch 1, step 5", "epoch 2, step 10"]
@@ -226,10 +226,10 @@ class Pictures(CSVLogger):
         self.taken = [*getattr(self, "taken", []), (key, images[0].shape, step)]
 
 
-def test_every_logger_gets_what_it_can_take(data_dir, tmp_path):
+def test_every_logger_gets_what_it_can_take(few_digits, tmp_path):
     loggers = [CSVLogger(tmp_path, "plain"), Pictures(tmp_path, "pictures"), Board(tmp_path / "board")]
     callbacks = [EMA(), DrawSamples(rows=1), Evaluate(every_n_epochs=1, samples=20)]
-    trainer, module, data = make(data_dir, tmp_path, callbacks, max_epochs=1, log_every_n_steps=1)
+    trainer, module, data = make(few_digits, tmp_path, callbacks, max_epochs=1, log_every_n_steps=1)
     trainer.loggers = loggers
     trainer.fit(module, data)
     for logger in loggers[:2]:

@@ -50,21 +50,13 @@ def asked(options):
     return {name.removeprefix("--"): value for name, value in zip(options[::2], options[1::2], strict=True)}
 
 
-@pytest.fixture
-def few_digits(data_dir, monkeypatch):
-    """MNIST, but for all images after the first 700 of each split: quick to measure beside."""
-    load = mnist.load
-    monkeypatch.setattr(mnist, "load", lambda folder, split: tuple(tensor[:700] for tensor in load(folder, split)))
-    return data_dir
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_from_end_to_end(tmp_path, few_digits, variant):
     options = VARIANTS[variant]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir(), parts.mkdir()
     train = ["--config", TINY, "--data.data_dir", few_digits, "--data.batch_size", 8, "--sampling.every_n_epochs", 0]
-    train += ["--trainer.limit_train_batches", 4, "--evaluation.test_samples", 20, "--evaluation.samples", 20, *options]
+    train += ["--trainer.limit_train_batches", 4, "--evaluation.test_samples", 20, "--evaluation.steps", "[]", *options]
     command(whole, "train.py", "fit", *train)
     command(parts, "train.py", "fit", *train, "--trainer.callbacks", "test_runs.Stop", "--trainer.callbacks.step", 3)
     command(parts, "train.py", "fit", *train, "--ckpt_path", "last")
