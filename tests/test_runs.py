@@ -102,8 +102,8 @@ def test_a_run_that_a_callback_stops_in_mid_epoch_resumes_to_the_bit(tmp_path, a
 
 
 def test_a_checkpoint_comes_after_the_points_of_its_step(tmp_path, monkeypatch):
-    def save_and_copy(saving, trainer, module):
-        save(saving, trainer, module)
+    def save_and_copy(saving, trainer):
+        save(saving, trainer)
         if trainer.global_step == 22:
             shutil.copytree(whole, killed)  # what a run leaves that is killed in this instant
 

@@ -277,7 +277,7 @@ def test_an_animation_shows_each_state_for_a_while_and_holds_the_last(tmp_path):
 @pytest.mark.parametrize("option", [("--steps", 4), ("--solver", "heun"), ("--from-image", "test:0")])
 def test_a_network_of_one_step_is_not_asked_for_more(tmp_path, data_dir, option):
     done = run_here("sample.py", 7, "--weights", "one-step", *option, "--data-dir", data_dir, cwd=tmp_path)
-    assert_one_line_error(done, "only the one step from noise to data", "other weights")
+    assert_one_line_error(done, "learned only one step from noise to data; use 1 step of average, or other weights")
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
