@@ -160,7 +160,7 @@ def test_every_class_that_an_older_config_can_name_is_found(name):
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "test"])
-def test_validate_and_test_need_only_the_checkpoint(tiny_run, tmp_path, subcommand):
+def test_validate_and_test_need_only_the_checkpoint(tiny_run, tmp_path, few_digits, subcommand):
     shutil.copytree(tiny_run / "runs", tmp_path / "runs")
     few = [f"--trainer.limit_{'val' if subcommand == 'validate' else 'test'}_batches", 2]
     done = run_here("train.py", subcommand, "--ckpt_path", "runs/tiny/version_0/checkpoints/last.ckpt", *few, cwd=tmp_path)

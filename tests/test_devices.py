@@ -46,7 +46,7 @@ def commands(data_dir):
     others = ["--model.path", "vp", "--model.prediction", "noise", "--model.times", "Mode", "--model.weighting", "sd3"]
     others += ["--data.pixels", "logit", "--data.dequantize", "true", "--data.coupling", "ot_within_class"]
     others += ["--model.on_non_finite", "skip", "--model.optimizer", "flowmatch_mnist.training.muon.Muon", "--name", "others"]
-    few = ["--images", 2, "--steps", 2, "--solver", "rk4"]
+    few = ["--images", 2, "--steps", 1, "--solver", "heun"]
     found = {
         "fit": [*fit, *data, *SMALL, *watched],
         "resume": ["train.py", "--ckpt_path", "last", "--trainer.max_epochs", 2, *SMALL],
