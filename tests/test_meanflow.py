@@ -116,6 +116,18 @@ def test_the_teacher_is_guided_in_its_interval_alone(tiny_net):
             torch.testing.assert_close(velocities[n : n + 1], expected, atol=1e-4, rtol=1e-4)
 
 
+def test_the_teacher_is_guided_by_doubt(tiny_net):
+    mean_flow = MeanFlow(teacher="some", guidance=3.0, guidance_interval=(0.2, 0.6), guidance_power=2.0)
+    mean_flow.net = tiny_net
+    nothing = UNet((4,), (1,), (False,), spans=True)
+    x, t, y = torch.randn(3, 1, 28, 28), torch.tensor([0.1, 0.25, 0.5]), torch.tensor([1, 2, 3])
+    with torch.no_grad():
+        velocities = -mean_flow.error(nothing, x, x, t, y, t)
+        for n in range(3):
+            expected = Guided(tiny_net, y[n : n + 1], 3.0, (0.2, 0.6), power=2.0)(x[n : n + 1], t[n])
+            torch.testing.assert_close(velocities[n : n + 1], expected, atol=1e-3, rtol=1e-3)
+
+
 def test_a_teacher_without_guidance_is_asked_once(tiny_net):
     mean_flow = MeanFlow(teacher="some")
     mean_flow.net, asked = tiny_net, []
@@ -157,11 +169,12 @@ def test_a_network_that_spans_begins_as_the_one_without(tiny_net):
         {"stride": 1},
         {"stride": 1, "instants": 0, "to_end": 1, "teacher": "some"},
         {"instants": 0},
+        {"guidance_power": -1},
         *({"guidance_interval": ends} for ends in ((0.6, 0.1), (0.5, 0.5), (-0.1, 0.5), (0.5, 1.1))),
     ],
 )
 def test_settings_out_of_range_are_refused(wrong):
-    with pytest.raises(ValueError, match=r"shares|teacher|interval"):
+    with pytest.raises(ValueError, match=r"shares|teacher|interval|power"):
         MeanFlow(**wrong)
 
 

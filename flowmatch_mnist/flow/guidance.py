@@ -18,21 +18,38 @@ def drop_labels(y: Tensor, probability: float, no_label: int, u: Tensor) -> Tens
     return y.masked_fill(u < probability, no_label)
 
 
-def guide(net: Network, x: Tensor, t: Tensor, y: Tensor, scale: float | Tensor, until: Tensor | None = None) -> Tensor:
+def guide(
+    net: Network,
+    x: Tensor,
+    t: Tensor,
+    y: Tensor,
+    scale: float | Tensor,
+    until: Tensor | None = None,
+    power: float = 0.0,
+    path: ProbabilityPath = STRAIGHT,
+    prediction: Prediction = "velocity",
+) -> Tensor:
     """Return the guided prediction p_uncond + scale (p_cond - p_uncond): x (B, ...), t, y, until (B,) -> (B, ...).
 
     With `until`, the predictions are mean velocities from t to `until`, see `flow.meanflow`. The rule is the same for velocity,
     data and noise, because at a given x_t each is an affine function of every other. Scale 1 means no guidance, and scale 0
     means no label: each costs one network evaluation for each sample. Any other scale costs two, in one batch of twice the
     size. A tensor with one scale for each sample, (B,), also costs two.
+
+    With a power above 0, guidance is strong where the label is in doubt. The doubt of a sample is the norm of the difference
+    between two predictions of the noise, with and without the label. It is large as long as the sample could still become
+    another class. The scale of a sample is 1 + (scale - 1) doubt^power. This is the power-law guidance of Pavasovic et al.
+    2025, with predictions of the noise instead of scores. It needs the network's path and prediction target.
     """
-    if isinstance(scale, Tensor):
-        scale = match_dims(scale, x)
-    elif scale in (0.0, 1.0):
+    if not isinstance(scale, Tensor) and scale in (0.0, 1.0):
         times = [time for time in (t, until) if time is not None]
         return net(x, times[0], y if scale else torch.full_like(y, net.no_label), *times[1:])
     with_label, without = both(net, x, t, y, until)
-    return without + scale * (with_label - without)
+    if power:
+        noises = [pair(prediction, path, output, x, t)[0] for output in (with_label, without)]
+        doubt = (noises[0] - noises[1]).flatten(1).norm(dim=1)
+        scale = 1 + (scale - 1) * doubt**power
+    return without + (match_dims(scale, x) if isinstance(scale, Tensor) else scale) * (with_label - without)
 
 
 def both(net: Network, x: Tensor, t: Tensor, y: Tensor, until: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -45,11 +62,6 @@ def both(net: Network, x: Tensor, t: Tensor, y: Tensor, until: Tensor | None = N
 
 class Guided:
     """The guided prediction for fixed labels y (B,), see `guide`.
-
-    With a power above 0, guidance is strong where the label is in doubt. The doubt of a sample is the norm of the difference
-    between two predictions of the noise, with and without the label. It is large as long as the sample could still become
-    another class. The scale of a sample is 1 + (scale - 1) doubt^power. This is the power-law guidance of Pavasovic et al.
-    2025, with predictions of the noise instead of scores.
 
     Args:
         net: the network.
@@ -89,12 +101,7 @@ class Guided:
         scale = self.scale if start <= t <= end else 1.0
         self.evaluations += 1 if scale in (0.0, 1.0) else 2
         at, until = self._spread(t, x), None if until is None else self._spread(until, x)
-        if not self.power or scale in (0.0, 1.0):
-            return guide(self.net, x, at, self.y, scale, until)
-        with_label, without = both(self.net, x, at, self.y, until)
-        noises = [pair(self.prediction, self.path, output, x, at)[0] for output in (with_label, without)]
-        doubt = (noises[0] - noises[1]).flatten(1).norm(dim=1)
-        return with_label + (scale - 1) * match_dims(doubt**self.power, x) * (with_label - without)
+        return guide(self.net, x, at, self.y, scale, until, self.power, self.path, self.prediction)
 
     @staticmethod
     def _spread(time: Tensor, x: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ Sabour et al. 2025, "Align Your Flow", section 3.2 (the velocity of a teacher); 
 a teacher, du/dt along the network's own velocity, which is less noisy than the velocity of a pair).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,7 @@ class MeanFlow:
             network's errors by the span, and training may collapse late. A stride above 0 avoids this, but it has a bias. 1
             means that no span is cut, and the target is the velocity of the pair: use it for distillation, with a teacher's
             pairs and t = 0.
+        guidance_power: the power of the guidance, see `guidance.guide`; at least 0.
 
     Attributes:
         net: the teacher's network, which predicts the velocity of the linear path. None means the data's own velocity.
@@ -65,6 +68,7 @@ class MeanFlow:
         instants: float = 0.25,
         to_end: float = 0.5,
         stride: float = 0.05,
+        guidance_power: float = 0.0,
     ) -> None:
         if not all(0 <= share <= 1 for share in (instants, to_end, stride)):
             raise ValueError(f"instants, to_end and stride must be shares in [0, 1], got {instants}, {to_end} and {stride}")
@@ -79,9 +83,12 @@ class MeanFlow:
         start, end = guidance_interval
         if not 0 <= start < end <= 1:
             raise ValueError(f"guidance_interval must lie in [0, 1] and rise, got {start} to {end}")
+        if not 0 <= guidance_power < math.inf:
+            raise ValueError(f"guidance_power must be at least 0, and finite, got {guidance_power}")
         self.teacher = teacher
         self.guidance = guidance
         self.guidance_interval = guidance_interval
+        self.guidance_power = guidance_power
         self.instants = instants
         self.to_end = to_end
         self.stride = stride
@@ -116,7 +123,8 @@ class MeanFlow:
             else:
                 start, end = self.guidance_interval
                 scale = torch.where((start <= t) & (t <= end), self.guidance, 1.0)
-                velocity = u_t = guide(self.net, x_t, t, y, 1.0 if self.guidance == 1 else scale)
+                power = self.guidance_power
+                velocity = u_t = guide(self.net, x_t, t, y, 1.0 if self.guidance == 1 else scale, power=power)
             if self.stride:
                 h = (until - t).clamp(max=self.stride)
                 later = net(x_t + match_dims(h, x_t) * velocity, t + h, y, until)

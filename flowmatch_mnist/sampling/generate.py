@@ -31,7 +31,7 @@ class Sampler:
         guidance_interval: the first and the last t with guidance, in the time of the path that the network was trained on.
         spacing: spacing of the steps: uniform in the time of that path, or log_snr.
         churn: how much of the noise is renewed during sampling; 0 is none (the ODE), 1 is DDPM's ancestral sampling.
-        guidance_power: 0 guides all samples alike; above 0, guidance is stronger where the label is in doubt, see `Guided`.
+        guidance_power: 0 guides all samples alike; above 0, guidance is stronger where the label is in doubt, see `guide`.
 
     Raises:
         ValueError: if a setting is out of its range, or the settings do not work together.
