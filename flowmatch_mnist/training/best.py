@@ -20,6 +20,12 @@ REFUSED = {
 """Arguments of `ModelCheckpoint` that are refused, with the reasons."""
 
 
+def evaluations(trainer: Trainer) -> list[Evaluate]:
+    """Return the trainer's callbacks that measure the quality of samples."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, Evaluate)]
+
+
 class KeepBest(ModelCheckpoint):
     """Keeps `best.ckpt`, the checkpoint with the lowest (or highest) value of one number, and more checkpoints if asked to.
 
@@ -78,9 +84,7 @@ class KeepBest(ModelCheckpoint):
         Raises:
             UserError: if the run never measures the number.
         """
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        measures = any(isinstance(callback, Evaluate) and callback.scheduled for callback in callbacks)
-        if stage == "fit" and self.by_quality and not measures:
+        if stage == "fit" and self.by_quality and not any(evaluate.scheduled for evaluate in evaluations(trainer)):
             raise UserError(
                 f"--checkpoint.monitor {self.monitor!r} needs measurements during training; set --evaluation.every_n_epochs or "
                 "--evaluation.every_n_steps"
@@ -122,9 +126,7 @@ class KeepBest(ModelCheckpoint):
             self._copy(trainer)
 
     def _save_by_quality(self, trainer: Trainer, module: LightningModule) -> None:
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        measured = any(isinstance(callback, Evaluate) and callback.done_at == trainer.global_step for callback in callbacks)
-        if self.by_quality and measured:
+        if self.by_quality and any(evaluate.done_at == trainer.global_step for evaluate in evaluations(trainer)):
             super().on_validation_end(trainer, module)
         self._copy(trainer)
 
