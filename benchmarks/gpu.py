@@ -1,4 +1,4 @@
-"""Measure everything on a GPU, in one run of under nine minutes on a data-centre card.
+"""Measure everything on a GPU, in one run of about eleven minutes at most.
 
     pip install -e '.[rivals]' && python benchmarks/gpu.py        writes docs/gpu.json, and a picture of each config's digits
 

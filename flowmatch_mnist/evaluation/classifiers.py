@@ -2,7 +2,7 @@
 
 Samples are measured in the space of each classifier's penultimate features. A result that both spaces show is a property of the
 samples, not of a classifier. Neither classifier is part of a model: no run trains against one, averages it, or keeps it in a
-checkpoint. `python -m flowmatch_mnist.digitnet` trains both.
+checkpoint. `python -m flowmatch_mnist.digitnet --net NAME` trains one of them again.
 """
 
 from collections.abc import Callable
