@@ -20,6 +20,7 @@ import importlib
 import importlib.abc
 import importlib.util
 import json
+import linecache
 import multiprocessing
 import os
 import runpy
@@ -30,6 +31,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -69,8 +71,10 @@ class Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.util.spec_from_loader(name, self) if name == f"flowmatch_mnist.{self.mutant.file}" else None
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__file__ = str(path_of(self.mutant.file))
-        exec(compile(self.mutant.source, module.__file__, "exec"), module.__dict__)
+        module.__file__ = file = str(path_of(self.mutant.file))
+        source = self.mutant.source
+        linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # jsonargparse reads the source
+        exec(compile(source, file, "exec"), module.__dict__)
 
 
 def run_path(mutant: Mutant) -> None:
@@ -180,6 +184,15 @@ class Court:
         return mutant, None
 
 
+court: Court
+"""The court of this process."""
+
+
+def hear(mutant: Mutant) -> tuple[Mutant, str | None]:
+    """Return the mutant, and the test that notices it, or None, by this process's court."""
+    return court.try_one(mutant)
+
+
 def in_a_copy() -> int:
     """Run this script in a copy of the project, which mutants may damage. Copy the results back, and return the exit status."""
     with tempfile.TemporaryDirectory() as folder:
@@ -225,12 +238,16 @@ def main() -> None:
     found = [mutant for mutant in found if not options.again or mutant.key in survivors]
     mistakes = [mutant for mutant in found if mutant.key not in EQUIVALENT]
     every = mistakes[:: options.share]
+    global court
     court = Court(known)
     gc.freeze()
     counts, alive = Counter(mutant.file for mutant in every), Counter[str]()
-    # These processes have no threads, so they can fork safely. Each learns alone which tests notice the most mutants.
-    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        for mutant, test in track(pool.imap_unordered(court.try_one, every), "mutants", len(every)):
+    # These processes have no threads, so they can fork safely. They are no daemons, because a test may start processes. Each
+    # has its own court, which learns which tests notice the most mutants.
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+        hearings = [pool.submit(hear, mutant) for mutant in every]
+        for done in track(as_completed(hearings), "mutants", len(every)):
+            mutant, test = done.result()
             if test is None:
                 alive[mutant.file] += 1
                 print(f"{SURVIVED}{mutant.key}, line {mutant.line}", flush=True)
