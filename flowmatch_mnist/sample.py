@@ -91,8 +91,20 @@ def parse() -> argparse.Namespace:
     """Parse and check the command line."""
     parser = CommandParser(prog=as_typed("sample"), description=__doc__)
     add = parser.add_argument
-    add("labels", type=labels, nargs="+", metavar="LABEL", help="digits or ranges of digits; each one is a column of the grid")
-    add("--per-class", type=positive, default=1, metavar="N", help="rows of the grid (default: 1)")
+    add(
+        "labels",
+        type=labels,
+        nargs="+",
+        metavar="LABEL",
+        help="digits or ranges of digits; each one is a column of the grid (with --interpolate, a row)",
+    )
+    add(
+        "--per-class",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="rows of the grid; with --interpolate, rows of each label (default: 1)",
+    )
     add = parser.add_mutually_exclusive_group().add_argument
     add("--checkpoint", type=Path, metavar="FILE", help="the model's checkpoint (default: last.ckpt of the newest run, if any)")
     add("--weights", choices=PRETRAINED, help="trained weights in the package as the model (default without a run: mnist)")
@@ -100,7 +112,7 @@ def parse() -> argparse.Namespace:
     add(
         "--out",
         type=Path,
-        default="digits.png",
+        default=Path("digits.png"),
         metavar="FILE",
         help="a .png (grid), .npz (arrays) or .gif (animation); default: digits.png",
     )

@@ -159,7 +159,7 @@ class ReflowDataModule(PairsDataModule):
 
     Args:
         pairs: the folder of the pairs.
-        real: the data that the teacher learned from.
+        real: the data that the teacher learned from. Training does not use them: samples and pictures are compared with them.
         batch_size: number of pairs per step and process.
         val_size: number of pairs that are held out; validation and test use the same pairs.
         eval_batch_size: number of pairs per step of validation and test, divided among the processes.
