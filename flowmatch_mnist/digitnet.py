@@ -116,8 +116,8 @@ def main() -> None:
     recipe = RECIPES[options.net]
     epochs = recipe.epochs if options.epochs is None else options.epochs
     seed = recipe.seed if options.seed is None else options.seed
-    if epochs < 1:
-        raise UserError("--epochs must be at least 1")
+    if epochs < 1 or not 0 <= seed < 2**63:
+        raise UserError("--epochs must be at least 1, and --seed must be from 0 to 2^63 - 1")
     if options.measure and (options.epochs, options.seed) != (None, None):
         raise UserError("--measure trains nothing; leave out --epochs and --seed")
     out = options.out or weights_of(options.net)

@@ -166,7 +166,7 @@ def test_several_processes_are_told_what_they_take_together(processes, lines, ca
 def test_two_processes_are_told_what_they_take_together(assemble):
     printed = assemble("--trainer.devices", 2, "--trainer.accelerator", "cpu", "--trainer.strategy", "ddp").done.stdout
     assert "on 2 x cpu" in printed and "2 processes take 16 samples each, 32 a step" in printed
-    assert "set --data.batch_size 8; to keep the larger batch" in printed and "by a factor of 1.4" in printed
+    assert "set --data.batch_size 8; with the larger batch" in printed and "up to 1.4 times as high" in printed
 
 
 @pytest.mark.parametrize(
@@ -179,6 +179,24 @@ def test_two_processes_are_told_what_they_take_together(assemble):
         (["--model.net.channels", "[4,4]"], "one entry for each stage"),
         (["--trainer.max_epochs", "-5"], "max_epochs"),
         (["--data.batch_size", "0"], "at least 1"),
+        (["--weights_only", "false"], "could then run any code"),
+        (["--data.seed", "5"], "set --seed_everything"),
+        (["--data.init_args.seed=5"], "set --seed_everything"),
+        (["--model.label_dropout", "0", "--model.sampler.guidance", "2"], "set label_dropout above 0"),
+        (["--model.times", "Start", "--model.sampler", "{steps: 1, solver: euler}"], "set --data ReflowDataModule"),
+        (
+            [
+                "--data.eval_batch_size",
+                "1",
+                "--trainer.devices",
+                "2",
+                "--trainer.accelerator",
+                "cpu",
+                "--trainer.strategy",
+                "ddp",
+            ],
+            "raise --data.eval_batch_size",
+        ),
         (["--checkpoint.save_last", "true"], "leave out --checkpoint.save_last"),
         (["--checkpoint.save_weights_only", "true"], "leave out --checkpoint.save_weights_only"),
         (["--checkpoint.save_on_exception", "true"], "leave out --checkpoint.save_on_exception"),

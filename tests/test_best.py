@@ -95,6 +95,12 @@ def test_by_quality_lightning_is_told_to_wait_for_it(monkeypatch):
         assert init.call_args.kwargs.get("save_on_train_epoch_end") is told
 
 
+@pytest.mark.parametrize("setting", ["every_n_train_steps", "train_time_interval", "save_on_train_epoch_end"])
+def test_by_quality_nothing_else_says_when_to_save(setting):
+    with pytest.raises(ValueError, match=f"leave out --checkpoint.{setting}"):
+        KeepBest(monitor="quality/recall", **{setting: 1})
+
+
 @pytest.mark.parametrize("schedule", ["every_n_epochs", "every_n_steps", "at_steps"])
 def test_by_quality_it_must_be_measured(theirs, trainer, schedule):
     keep = KeepBest(monitor="quality/recall")

@@ -13,7 +13,16 @@ from flowmatch_mnist.flow.paths import PATHS
 from flowmatch_mnist.flow.predictions import StraightVelocity
 from flowmatch_mnist.networks.mlp import MLP
 from flowmatch_mnist.networks.unet import UNet
-from flowmatch_mnist.sampling.generate import INVERSION_SAMPLER, Flow, Sampler, Samples, draw_noise, generate, interpolate
+from flowmatch_mnist.sampling.generate import (
+    INVERSION_SAMPLER,
+    Flow,
+    Sampler,
+    Samples,
+    churn_noise,
+    draw_noise,
+    generate,
+    interpolate,
+)
 from flowmatch_mnist.sampling.likelihood import LIKELIHOOD_SAMPLER, log_likelihood
 
 EULER = Sampler(4, "euler")
@@ -87,6 +96,10 @@ def test_the_defaults_are_those_that_the_scores_are_of():
 )
 def test_a_sampler_is_described_by_what_acts(sampler, words):
     assert sampler.description() == words
+
+
+def test_churn_of_no_samples_is_empty():
+    assert churn_noise(0, [], (1, 2, 3), torch.device("cpu"))().shape == (0, 1, 2, 3)
 
 
 def test_streams_of_noise_churn_and_probes_are_apart(stream_keys):

@@ -165,6 +165,9 @@ def test_mean_velocities_are_of_the_linear_path_and_of_networks_with_spans(setti
     with pytest.raises(ValueError, match="spans"):
         FlowLoss(mean_flow=MeanFlow()).check(MLP())
     FlowLoss(mean_flow=MeanFlow()).check(MLP(spans=True))
+    FlowLoss(label_dropout=0).check(MLP())
+    with pytest.raises(ValueError, match="set label_dropout above 0"):
+        FlowLoss(label_dropout=0).check(MLP(), guided=True)
 
 
 def train(net, batch_of, steps, lr):

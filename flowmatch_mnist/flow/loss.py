@@ -83,6 +83,16 @@ class FlowLoss:
             self.density.density(torch.tensor(0.5))  # a single training time has none, and raises ValueError
         self.exact_field: ExactField | None = None
 
+    @property
+    def learns_one_step(self) -> bool:
+        """Return whether all training times are t = 0, so that the network only learns the one step from there to the data."""
+        return self.density.support[1] == 0
+
+    @property
+    def needs_trajectories(self) -> bool:
+        """Return whether each pair must be the two ends of one trajectory: to learn one step, or the whole way to the data."""
+        return self.learns_one_step or (self.mean_flow is not None and self.mean_flow.stride == 1)
+
     def __call__(
         self, net: Network, x0: Tensor, x1: Tensor, y: Tensor, t: Tensor, uniform: Callable[..., Tensor] | None = None
     ) -> Tensor:
@@ -133,8 +143,12 @@ class FlowLoss:
         path = PATHS[self.path]
         return path.point(x0, x1, t), target(self.prediction, path, x0, x1, t)
 
-    def check(self, net: Network) -> None:
-        """Raise ValueError if the network cannot learn this objective."""
+    def check(self, net: Network, guided: bool = False) -> None:
+        """Raise ValueError if the network cannot learn this objective. `guided` means that it must learn without labels too."""
+        if guided and self.label_dropout == 0:
+            raise ValueError(
+                "guidance needs training without labels too; set label_dropout above 0, or the guidance scale to 1"
+            )
         if self.mean_flow and not net.spans:
             raise ValueError("mean velocities need a network with spans; set spans of the network to true")
 

@@ -164,7 +164,8 @@ def draw_noise(count: int, shape: tuple[int, ...], generator: torch.Generator) -
 def churn_noise(seed: int, numbers: Iterable[int], shape: tuple[int, ...], device: torch.device) -> FreshNoise:
     """Return a source of noise for the samples with these numbers, one stream for each: (samples, *shape) at each call."""
     generators = [streams.generator("cpu", seed, "churn", n) for n in numbers]
-    return lambda: send(torch.stack([torch.randn(shape, generator=g) for g in generators]), device)
+    none = torch.empty(0, *shape)  # `cat` needs a tensor even if there are no samples
+    return lambda: send(torch.cat([none, *(torch.randn(1, *shape, generator=g) for g in generators)]), device)
 
 
 @dataclass

@@ -40,7 +40,8 @@ class KeepBest(ModelCheckpoint):
         settings: other arguments of Lightning's `ModelCheckpoint`, except those in `REFUSED`.
 
     Raises:
-        ValueError: if several checkpoints would get the same name, or an argument is refused.
+        ValueError: if several checkpoints would get the same name, an argument is refused, or other settings say when to save
+            although the quality decides.
     """
 
     def __init__(
@@ -62,6 +63,11 @@ class KeepBest(ModelCheckpoint):
         filename = filename or ("best" if save_top_k == 1 else "{step}")
         self.by_quality = monitor is not None and monitor.startswith(QUALITY)
         if self.by_quality:
+            for setting in ("every_n_train_steps", "train_time_interval", "save_on_train_epoch_end"):
+                if settings.get(setting):
+                    raise ValueError(
+                        f"by quality, checkpoints are saved when --evaluation measures; leave out --checkpoint.{setting}"
+                    )
             settings["save_on_train_epoch_end"] = False
         super().__init__(
             filename=filename,

@@ -95,7 +95,12 @@ class CLI(LightningCLI):
         moved = self.checkpoint is not None and option(sys.argv, "--trainer.precision") is None
         if config.trainer.precision is None or (moved and config.trainer.precision == "bf16-mixed"):
             config.trainer.precision = native_precision(config.trainer.accelerator)
+        if config.weights_only is False:
+            raise UserError("--weights_only false is not supported, because a checkpoint could then run any code; leave it out")
         config.weights_only = True
+        for seed in ("--data.seed", "--data.init_args.seed"):
+            if option(sys.argv, seed) is not None:
+                raise UserError(f"{seed} would have no effect, because the data use the run's seed; set --seed_everything")
         root = Path(config.trainer.default_root_dir or RUNS)
         self.versions = root / config.name
         path = None
@@ -165,11 +170,16 @@ class CLI(LightningCLI):
             self.announce()
 
     def check(self) -> None:
-        """Raise UserError for a precision that is not supported, and for a checkpoint of another model."""
+        """Raise UserError for an unsupported precision, too small batches, and a checkpoint of another model."""
         if self.trainer.precision not in PRECISIONS:
             raise UserError(
                 f"precision {self.trainer.precision} is not supported, because weights and averages are kept in 32 bits; "
                 f"set --trainer.precision to one of {', '.join(PRECISIONS)}"
+            )
+        if self.datamodule.eval_batch_size < self.trainer.world_size:
+            raise UserError(
+                f"eval_batch_size {self.datamodule.eval_batch_size} is divided among {self.trainer.world_size} processes, so "
+                "some would get no samples; raise --data.eval_batch_size"
             )
         checkpoint = self.config[self.subcommand].ckpt_path
         self.model.check_data_and_set_units(self.datamodule)
@@ -203,8 +213,8 @@ class CLI(LightningCLI):
             batch = self.datamodule.batch_size
             print(
                 f"{processes} processes take {batch} samples each, {processes * batch} a step; to match one process, set "
-                f"--data.batch_size {max(1, batch // processes)}; to keep the larger batch, raise --model.optimizer.lr, for "
-                f"example by a factor of {processes**0.5:.2g}",
+                f"--data.batch_size {max(1, batch // processes)}; with the larger batch, another --model.optimizer.lr may be "
+                f"better, up to {processes**0.5:.2g} times as high",
                 flush=True,
             )
 

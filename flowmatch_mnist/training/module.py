@@ -95,21 +95,20 @@ class FlowMatching(LightningModule):
         self.gradients = GradientWatch(on_non_finite)
         self.seed = seed
         self.objective = FlowLoss(**objective)
-        self.objective.check(net)
+        self.objective.check(net, guided=start is None and self.sampler.guidance != 1)
         self.units = UNITS["linear"]
         self.flow.check(self.sampler)
 
     @property
     def flow(self) -> Flow:
         """The network, and the meaning of its output."""
-        one_step = self.objective.density.support[1] == 0
-        return Flow(self.net, self.objective.path, self.objective.prediction, self.units, one_step)
+        return Flow(self.net, self.objective.path, self.objective.prediction, self.units, self.objective.learns_one_step)
 
     def check_data_and_set_units(self, data: PairsDataModule) -> None:
         """Check that the data fit the network and the path, and use their units.
 
         Raises:
-            UserError: if the network expects other shapes or classes, or the pairs cannot be used with the path.
+            UserError: if the network expects other shapes or classes, or the pairs do not fit the path or the training times.
         """
         net, problem = self.net, data.problem
         if net.shape != problem.shape or net.no_label != problem.classes:
@@ -122,6 +121,11 @@ class FlowMatching(LightningModule):
             raise UserError(
                 f"the pairs of {type(data).__name__} are the ends of straight lines; set --model.path {data.path}, "
                 f"not {self.objective.path}"
+            )
+        if data.path is None and self.objective.needs_trajectories:
+            raise UserError(
+                f"distillation needs the ends of trajectories, but {type(data).__name__} pairs data with random noise; set "
+                "--data ReflowDataModule, or change --model.times (Start) or --model.mean_flow.stride (1)"
             )
         self.units = problem.units
 
