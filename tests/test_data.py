@@ -127,6 +127,7 @@ def test_dequantised_levels_get_noise_of_their_own_in_each_step_and_the_same_in_
     assert_same_levels(data.problem.units.decode(first), batch[0])
     assert_same_levels(data.problem.units.decode(second), batch[0])
     assert abs(first.square().mean().sqrt() - 1) < 0.1
+    assert first.max() > 1.02, "linear grey levels would end at 1.004"
     evaluated = [data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)[1] for _ in range(2)]
     assert torch.equal(*evaluated)
     assert_same_levels(data.problem.units.decode(evaluated[0]), data.splits["val"][0])

@@ -100,7 +100,8 @@ def test_the_sampler_is_the_one_asked_for(tmp_path, monkeypatch):
     assert done.returncode == 0 and "wrote digits.onnx" in done.stdout and "heun, 3 steps, guidance 2" in done.stdout
     assert logging.getLogger("torch.onnx").level == logging.ERROR
     run_here("flowmatch_mnist/export.py", "--weights", "mnist", cwd=tmp_path)
-    (_, changed, path), (flow, own, default) = exported
+    (chosen, changed, path), (flow, own, default) = exported
+    assert chosen.net.spans and not flow.net.spans
     assert (changed.solver, changed.steps, changed.guidance, str(path)) == ("heun", 3, 2.0, "digits.onnx")
     assert changed.guidance_power == 1.5
     assert (flow.describe(own), str(default)) == (load(PRETRAINED["mnist"])[0].describe(own), "digits.pt2")

@@ -406,9 +406,10 @@ def test_before_a_reader_is_trained_it_is_clear_that_it_can_be_kept(tmp_path, mo
     monkeypatch.setattr(train_digitnet, "train", None)
     done = run_here("flowmatch_mnist/digitnet.py", "--out", tmp_path, cwd=tmp_path)
     assert_one_line_error(done, "it is a folder")
-    for option in ("--epochs", "--seed"):
+    for option, refused in (("--epochs", 0), ("--seed", -1), ("--seed", 2**63)):
         done = run_here("flowmatch_mnist/digitnet.py", "--measure", option, 3, cwd=tmp_path)
         assert_one_line_error(done, "--measure trains nothing")
+        assert_one_line_error(run_here("flowmatch_mnist/digitnet.py", option, refused, cwd=tmp_path), f"{option} must be")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no safetensors", "cut"])

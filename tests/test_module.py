@@ -10,10 +10,13 @@ from torch import nn
 from flowmatch_mnist.data.curve import Curve
 from flowmatch_mnist.data.pairs import PairsDataModule
 from flowmatch_mnist.evaluation.problems import Digits
-from flowmatch_mnist.flow.times import Uniform
+from flowmatch_mnist.flow.meanflow import MeanFlow
+from flowmatch_mnist.flow.times import Start, Uniform
 from flowmatch_mnist.networks.mlp import MLP
 from flowmatch_mnist.networks.unet import UNet
+from flowmatch_mnist.sampling.generate import Flow, Sampler
 from flowmatch_mnist.sampling.units import UNITS
+from flowmatch_mnist.sampling.weights import save
 from flowmatch_mnist.support.errors import UserError
 from flowmatch_mnist.training.module import FlowMatching
 from flowmatch_mnist.training.optimizer import learning_rate_factor
@@ -97,10 +100,32 @@ def test_the_module_takes_the_units_of_the_data_and_refuses_data_it_is_not_for()
     ):
         with pytest.raises(UserError, match=words):
             module.check_data_and_set_units(data)
+    distillation = MeanFlow(stride=1, instants=0, to_end=1)
+    for objective in ({"times": Start()}, {"mean_flow": distillation}):
+        student = FlowMatching(MLP(classes=10, spans=True), sampler=Sampler(1, "average"), **objective)
+        student.check_data_and_set_units(Points(Curve(classes=10), "linear"))
+        with pytest.raises(UserError, match="needs the ends of trajectories"):
+            student.check_data_and_set_units(Points(Curve(classes=10)))
     images = FlowMatching(UNet((4,), (1,), (False,)))
     for pixels in ("linear", "logit"):
         images.check_data_and_set_units(Points(Digits(pixels)))
         assert images.flow.units is UNITS[pixels]
+
+
+def test_a_warm_start_begins_with_the_weights_of_a_file(tmp_path):
+    trained = MLP(classes=10)
+    save(tmp_path / "trained.safetensors", Flow(trained), Sampler(), {})
+    module = FlowMatching(MLP(classes=10), start=str(tmp_path / "trained.safetensors"))
+    module._trainer = SimpleNamespace(max_steps=3, max_epochs=None)
+    for stage in ("test", "fit"):
+        module.setup(stage)
+        assert torch.equal(module.net.label.weight, trained.label.weight) == (stage == "fit")
+
+
+def test_channels_last_is_the_memory_format_of_the_weights():
+    for asked in (False, True):
+        net = FlowMatching(UNet((4, 8), (1, 1), (False, False)), channels_last=asked).net
+        assert net.middle.blocks[0].conv1.weight.is_contiguous(memory_format=torch.channels_last) == asked
 
 
 def test_the_settings_of_the_loss_are_arguments_of_the_module():

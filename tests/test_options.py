@@ -19,7 +19,11 @@ class Probe(Callback):
     """Writes down what a run did."""
 
     def __init__(self) -> None:
-        self.seen = {"batches": [], "validations": [], "rates": [], "anomaly": False, "inference": False, "sanity": 0}
+        self.seen = {"batches": [], "validations": [], "anomaly": False, "inference": False, "sanity": 0}
+        self.loaders = []
+
+    def on_train_epoch_start(self, trainer, module):
+        self.loaders.append(trainer.train_dataloader)
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.seen["batches"].append(batch[1].sum().item())
@@ -44,6 +48,7 @@ class Probe(Callback):
     def teardown(self, trainer, module, stage):
         if stage in ("fit", "validate"):
             self.seen |= {"steps": trainer.global_step, "epochs": trainer.current_epoch}
+            self.seen["loaders"] = len(set(map(id, self.loaders)))
             Path("seen.json").write_text(json.dumps(self.seen))
 
 
@@ -76,7 +81,10 @@ ACTS = {
     "enable_progress_bar": (["true"], lambda seen: "Epoch 2/2" in seen["printed"]),
     "fast_dev_run": (["true"], lambda seen: seen["steps"] == 1 and seen["files"] == ["seen.json"]),
     "gradient_clip_val": ([0.01], lambda seen: seen["norm"] < 0.0101),
-    "gradient_clip_algorithm": (["value", "--trainer.gradient_clip_val", 0.01], lambda seen: seen["largest"] < 0.0101),
+    "gradient_clip_algorithm": (
+        ["value", "--trainer.gradient_clip_val", 0.01],
+        lambda seen: seen["largest"] < 0.0101 < seen["norm"],
+    ),
     "limit_train_batches": ([7], lambda seen: seen["steps"] == 21 and seen["epochs"] == 3),
     "limit_val_batches": ([0], lambda seen: not seen["validations"]),
     "log_every_n_steps": ([10], lambda seen: seen["logged"] == [9, 19, 29, 39, 49, 59]),
@@ -92,7 +100,7 @@ ACTS = {
     ),
     "num_sanity_val_steps": ([1], lambda seen: seen["sanity"] == 1),
     "precision": (["bf16-mixed"], lambda seen: seen["precision"] == "bf16-mixed"),
-    "reload_dataloaders_every_n_epochs": ([1], lambda seen: len(set(seen["batches"])) == 60),
+    "reload_dataloaders_every_n_epochs": ([1], lambda seen: seen["loaders"] == seen["epochs"] == 3),
     "sync_batchnorm": (["true"], lambda seen: seen["steps"] == 60),
     "val_check_interval": ([0.5], lambda seen: seen["validations"] == [10, 20, 30, 40, 50, 60]),
 }
@@ -133,7 +141,7 @@ def test_an_option_acts(tmp_path, option):
 def test_without_them_a_run_is_as_the_config_says(tmp_path):
     seen = run(tmp_path)
     others = {name: acts(seen) for name, (_, acts) in ACTS.items()}
-    same = {"accelerator", "devices", "sync_batchnorm", "reload_dataloaders_every_n_epochs"}
+    same = {"accelerator", "devices", "sync_batchnorm"}
     assert {name for name, acts in others.items() if acts} == same
 
 

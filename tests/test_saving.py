@@ -61,10 +61,11 @@ class CountDrawings(DrawSamples):
         self.drawn = [*getattr(self, "drawn", []), trainer.global_step]
 
 
-def make(folder, data_dir, files, **settings):
+def make(folder, data_dir, files, on_non_finite="stop", **settings):
     torch.manual_seed(1)
     net = UNet((4, 4), (1, 1), (False, False), dropout=0.1)
-    module = FlowMatching(net, sampler=Sampler(steps=1, solver="euler"), warmup_steps=2, decay="cosine")
+    sampler = Sampler(steps=1, solver="euler")
+    module = FlowMatching(net, sampler=sampler, warmup_steps=2, decay="cosine", on_non_finite=on_non_finite)
     data = MNISTDataModule(str(data_dir), batch_size=4, val_size=32, eval_batch_size=16)
     seen, drawings = Seen(), CountDrawings(every_n_epochs=1, every_n_steps=3)
     trainer = Trainer(
@@ -286,8 +287,7 @@ def test_a_step_that_is_not_finite_stops_the_run_with_a_checkpoint_from_before_i
 
 def test_or_is_left_out(tmp_path, few_digits, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    trainer, module, data, *_ = make(tmp_path, few_digits, CheckpointFiles())
-    module.gradients.on_non_finite = "skip"
+    trainer, module, data, *_ = make(tmp_path, few_digits, CheckpointFiles(), on_non_finite="skip")
     trainer.callbacks.insert(0, Explode())
     trainer.fit(module, data)
     assert capsys.readouterr().out.count("step 4 is not finite") == 1

@@ -50,6 +50,12 @@ def test_half_of_the_blocks_are_on_the_way_down():
     assert depths == [[0, 1], [3], [1, 1]]
 
 
+def test_attention_is_at_the_resolutions_that_are_asked_for():
+    net = UNet((4, 8), (2, 1), (True, False))
+    kinds = [[type(layer) for layer in stage.attention] for stage in (net.encoder[0], net.middle, net.decoder[0])]
+    assert kinds == [[SelfAttention], [nn.Identity], [SelfAttention]]
+
+
 def test_one_group_normalises_all_channels_together():
     block = ResidualBlock(8, embedding_dim=4, groups=1)
     x = torch.randn(2, 8, 3, 5) * torch.arange(1, 9.0)[:, None, None]
