@@ -183,7 +183,6 @@ def test_two_processes_are_told_what_they_take_together(assemble):
         (["--data.seed", "5"], "set --seed_everything"),
         (["--data.init_args.seed=5"], "set --seed_everything"),
         (["--model.label_dropout", "0", "--model.sampler.guidance", "2"], "set label_dropout above 0"),
-        (["--model.times", "Start", "--model.sampler", "{steps: 1, solver: euler}"], "set --data ReflowDataModule"),
         (
             [
                 "--data.eval_batch_size",

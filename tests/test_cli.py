@@ -147,7 +147,7 @@ def test_short_names_and_names_from_before_are_understood_as_options(tmp_path):
 
 
 BEFORE = (
-    "unet.UNet mlp.MLP times.Start meanflow.MeanFlow muon.Muon data.IDXDataModule toy.CurveDataModule reflow.ReflowDataModule"
+    "unet.UNet mlp.MLP times.Uniform meanflow.MeanFlow muon.Muon data.IDXDataModule toy.CurveDataModule reflow.ReflowDataModule"
 )
 
 
@@ -270,7 +270,7 @@ def test_two_nodes_share_the_steps_that_one_process_would_take(tmp_path, data_di
         (["--model.label_dropout", "2"], ["label_dropout"]),
         (["--model.optimizer", "flowmatch_mnist.training.muon.Muon", "--model.optimizer.momentum", "1"], ["momentum", "1"]),
         (["--model.optimizer.lr", "-1"], ["model.optimizer", "learning rate: -1"]),
-        (["--model.times", "Start", "--model.weighting", "sd3"], ["a single training time", "leave out the weighting"]),
+        (["--model.matching.teacher", "mnist"], ["set start"]),
         (["--model.sampler.solver", "leapfrog"], ["no solver 'leapfrog'", "midpoint"]),
         (["--ema.decay", "1.5"], ["decay"]),
         (["--trainer.accelerator", "abacus"], ["abacus"]),

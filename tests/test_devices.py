@@ -43,6 +43,8 @@ def commands(data_dir):
     pairs = ["--data", "ReflowDataModule", "--data.pairs", "pairs", "--data.real", "MNISTDataModule", "--data.val_size", 100]
     spans = ["--model.net.spans", "true", "--model.sampler.solver", "average", "--model.mean_flow.teacher", LAST]
     guided = ["--model.mean_flow.guidance", 1.5, "--model.loss", "huber"]
+    matching = ["--model.net.spans", "true", "--model.sampler", "{steps: 1, solver: average}", "--model.start", LAST]
+    matching += ["--model.matching.teacher", LAST, "--model.matching.guidance", 1.5]
     others = ["--model.path", "vp", "--model.prediction", "noise", "--model.times", "Mode", "--model.weighting", "sd3"]
     others += ["--data.pixels", "logit", "--data.dequantize", "true", "--data.coupling", "ot_within_class"]
     others += ["--model.on_non_finite", "skip", "--model.optimizer", "flowmatch_mnist.training.muon.Muon", "--name", "others"]
@@ -55,6 +57,7 @@ def commands(data_dir):
         "predict": ["train.py", "predict", "--ckpt_path", "last"],
         "others": [*fit, *data, *SHORT, *others],
         "mean flow": [*fit, *data, *SHORT, *spans, *guided, "--name", "mean"],
+        "matching": [*fit, *data, *SHORT, *matching, "--name", "matching"],
         "pairs": ["flowmatch_mnist/reflow.py", "--teacher", LAST, "--pairs", 2500, "--steps", 1, "--out", "pairs"],
         "reflow": [*fit, *SHORT, *pairs, "--data.real.data_dir", data_dir, "--name", "reflow"],
         "likelihood": ["benchmarks/likelihood.py", "--checkpoint", LAST, *few, "--data-dir", data_dir],

@@ -10,8 +10,7 @@ from torch import nn
 from flowmatch_mnist.data.curve import Curve
 from flowmatch_mnist.data.pairs import PairsDataModule
 from flowmatch_mnist.evaluation.problems import Digits
-from flowmatch_mnist.flow.meanflow import MeanFlow
-from flowmatch_mnist.flow.times import Start, Uniform
+from flowmatch_mnist.flow.times import Uniform
 from flowmatch_mnist.networks.mlp import MLP
 from flowmatch_mnist.networks.unet import UNet
 from flowmatch_mnist.sampling.generate import Flow, Sampler
@@ -100,12 +99,6 @@ def test_the_module_takes_the_units_of_the_data_and_refuses_data_it_is_not_for()
     ):
         with pytest.raises(UserError, match=words):
             module.check_data_and_set_units(data)
-    distillation = MeanFlow(stride=1, instants=0, to_end=1)
-    for objective in ({"times": Start()}, {"mean_flow": distillation}):
-        student = FlowMatching(MLP(classes=10, spans=True), sampler=Sampler(1, "average"), **objective)
-        student.check_data_and_set_units(Points(Curve(classes=10), "linear"))
-        with pytest.raises(UserError, match="needs the ends of trajectories"):
-            student.check_data_and_set_units(Points(Curve(classes=10)))
     images = FlowMatching(UNet((4,), (1,), (False,)))
     for pixels in ("linear", "logit"):
         images.check_data_and_set_units(Points(Digits(pixels)))

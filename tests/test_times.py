@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowmatch_mnist.flow.times import Cosine, LogitNormal, Mode, Start, TimeDensity, Uniform, fixed_times
+from flowmatch_mnist.flow.times import Cosine, LogitNormal, Mode, TimeDensity, Uniform, fixed_times
 from flowmatch_mnist.support.streams import generator
 
 DENSITIES = [Uniform(), LogitNormal(), LogitNormal(0.5, 0.7), Mode(1.29), Mode(-1.0), Cosine()]
@@ -38,14 +38,6 @@ def test_a_density_is_exact_in_16_digits_where_32_bits_end_and_needs_no_gradient
         density = TimeDensity.density(LogitNormal(), t)
     assert density.dtype == torch.float32
     torch.testing.assert_close(density, LogitNormal().density(t), atol=0, rtol=1e-4)
-
-
-def test_validation_looks_at_all_times_or_at_the_start_alone():
-    for density, support in ((Uniform(), (0, 1)), (LogitNormal(), (0, 1)), (Start(), (0, 0))):
-        assert density.support == support and Uniform().quantile(torch.tensor(0.3)) == 0.3
-    assert Start().sample(3, generator("cpu")).tolist() == [pytest.approx(1e-6)] * 3
-    with pytest.raises(ValueError, match="no density"):
-        Start().density(torch.zeros(1))
 
 
 def test_times_keep_off_the_ends():

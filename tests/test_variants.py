@@ -21,7 +21,7 @@ VARIANTS = {
     "logit": ["--data.pixels", "logit", "--data.dequantize", "true"],
     "ddpm": [*DIFFUSION, "--model.weighting", "ddpm", "--model.sampler.churn", 1],
     "cosine": ["--model.path", "cosine", "--model.prediction", "data", "--model.weighting", "edm", "--model.times", "Mode"],
-    "charbonnier": ["--model.loss", "charbonnier", "--model.weighting", "sd3", "--data.coupling", "ot_within_class"],
+    "huber": ["--model.loss", "huber", "--model.weighting", "sd3", "--data.coupling", "ot_within_class"],
     "mean flow": [
         "--model.loss",
         "huber",

@@ -15,8 +15,8 @@ from torch import nn
 from flowmatch_mnist.data.digits import MNISTDataModule
 from flowmatch_mnist.evaluation.estimates import Estimate, Measurement
 from flowmatch_mnist.evaluation.problems import Digits, OtherImages, labels_like
+from flowmatch_mnist.flow.matching import DistributionMatching
 from flowmatch_mnist.flow.paths import match_dims
-from flowmatch_mnist.flow.times import Start
 from flowmatch_mnist.images import mnist
 from flowmatch_mnist.images.pictures import MARK
 from flowmatch_mnist.networks.base import Network
@@ -316,7 +316,7 @@ def test_quality_is_measured_by_each_number_of_steps(tmp_path, digits, monkeypat
     assert points == [
         {"steps": n, "evaluations": n, "samples": 20, "scores": {"score": {"value": 0.5, "error": 0.01}}} for n in (1, 3)
     ]
-    module.objective.density = Start()  # the network of a single step is not measured with more
+    module.objective.matching = DistributionMatching("some")  # the network of a single step is not measured with more
     assert Evaluate(samples=20, steps=(3, 1, 3)).by_steps(trainer, module, "val") == points[:1]
 
 

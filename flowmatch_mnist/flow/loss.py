@@ -19,20 +19,20 @@ from torch import Tensor
 
 from flowmatch_mnist.flow.exact import ExactField
 from flowmatch_mnist.flow.guidance import drop_labels
+from flowmatch_mnist.flow.matching import DistributionMatching
 from flowmatch_mnist.flow.meanflow import MeanFlow
 from flowmatch_mnist.flow.paths import PATHS, PathName
 from flowmatch_mnist.flow.predictions import Prediction, target
+from flowmatch_mnist.flow.teacher import Teacher
 from flowmatch_mnist.flow.times import LogitNormal, TimeDensity
 from flowmatch_mnist.flow.weighting import WeightingName, loss_weight
 from flowmatch_mnist.networks.base import Network
 from flowmatch_mnist.support.devices import send
 
-LossName = Literal["squared", "huber", "charbonnier"]
+LossName = Literal["squared", "huber"]
 
 HUBER = 0.01
-"""The constant c of `huber` and `charbonnier`. The loss of an error below it is nearly quadratic.
-
-For `huber` the error is the root mean square of a sample, and for `charbonnier` it is the error of a pixel."""
+"""The constant c of `huber`. The loss is nearly quadratic if the root mean square of a sample's error is below it."""
 
 
 @dataclass
@@ -45,8 +45,10 @@ class FlowLoss:
         times: the density of the training times in (0, 1); by default `LogitNormal()`.
         weighting: the name of a published training objective, see `weighting`. The loss gets the weight of that objective at
             each signal-to-noise ratio. By default the error of the prediction gets no extra weight.
-        loss: squared, huber or charbonnier, see `reduce`; validation always uses squared.
-        mean_flow: how to learn mean velocities too, for sampling in one step; by default the network does not learn them.
+        loss: squared or huber, see `reduce`; validation always uses squared.
+        mean_flow: how to learn mean velocities too, for sampling in few steps; by default the network does not learn them.
+        matching: how to learn one step by distribution matching, instead of the velocity; by default the network learns the
+            velocity. The data are then only the source of labels.
         label_dropout: the probability that a sample is trained without its label, in [0, 1]; guidance needs more than 0.
         exact_until: a time in [0, 1). A sample with a label and an earlier t has the exact target, see `exact`. The sample's
             own target scatters around the exact one. 0 means that no sample has the exact target. If it is above 0, the
@@ -56,8 +58,8 @@ class FlowLoss:
         exact_field: the exact field of the training data; needed if `exact_until` is above 0.
 
     Raises:
-        ValueError: if a number is out of its range, `mean_flow` is used without the linear path and prediction velocity,
-            `exact_until` is used with a teacher, or `weighting` is used with a single training time.
+        ValueError: if a number is out of its range, `mean_flow` or `matching` is used without the linear path and prediction
+            velocity, `exact_until` is used with a teacher, or `matching` with settings of another loss.
     """
 
     path: PathName = "linear"
@@ -68,43 +70,55 @@ class FlowLoss:
     mean_flow: MeanFlow | None = None
     label_dropout: float = 0.1
     exact_until: float = 0.0
+    matching: DistributionMatching | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"label_dropout must lie in [0, 1], got {self.label_dropout}")
         if not 0 <= self.exact_until < 1:
             raise ValueError(f"exact_until must lie in [0, 1), got {self.exact_until}")
-        if self.mean_flow and (self.path, self.prediction) != ("linear", "velocity"):
-            raise ValueError("mean velocities need the linear path and prediction velocity; set both, or leave out mean_flow")
-        if self.mean_flow and self.mean_flow.teacher is not None and self.exact_until:
+        if (self.mean_flow or self.matching) and (self.path, self.prediction) != ("linear", "velocity"):
+            raise ValueError(
+                "mean velocities need the linear path and prediction velocity; set both, or leave out mean_flow and matching"
+            )
+        if self.teacher and self.exact_until:
             raise ValueError("a teacher gives the target, so there is no exact one; set exact_until to 0")
+        if self.matching and (self.mean_flow or self.weighting or self.loss != "squared"):
+            raise ValueError(
+                "distribution matching has a loss of its own; leave out mean_flow, weighting and loss, or matching"
+            )
         self.density: TimeDensity = self.times or LogitNormal()
-        if self.weighting:
-            self.density.density(torch.tensor(0.5))  # a single training time has none, and raises ValueError
         self.exact_field: ExactField | None = None
 
     @property
-    def learns_one_step(self) -> bool:
-        """Return whether all training times are t = 0, so that the network only learns the one step from there to the data."""
-        return self.density.support[1] == 0
-
-    @property
-    def needs_trajectories(self) -> bool:
-        """Return whether each pair must be the two ends of one trajectory: to learn one step, or the whole way to the data."""
-        return self.learns_one_step or (self.mean_flow is not None and self.mean_flow.stride == 1)
+    def teacher(self) -> Teacher | None:
+        """Return the teacher, if there is one."""
+        teacher = self.matching or self.mean_flow
+        return teacher if teacher and teacher.teacher is not None else None
 
     def __call__(
-        self, net: Network, x0: Tensor, x1: Tensor, y: Tensor, t: Tensor, uniform: Callable[..., Tensor] | None = None
+        self,
+        net: Network,
+        x0: Tensor,
+        x1: Tensor,
+        y: Tensor,
+        t: Tensor,
+        uniform: Callable[..., Tensor] | None = None,
+        normal: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """Return the loss of each sample: noise x0 and data x1 (B, ...), labels y and times t (B,) -> (B,).
 
-        `uniform(what, *shape)` draws the random numbers in [0, 1); `what` is "labels" or "spans". The default is `torch.rand`.
+        `uniform(what, *shape)` draws random numbers in [0, 1), where `what` is "labels" or "spans", and `normal(what, *shape)`
+        draws standard normal ones for "points". The defaults are `torch.rand` and `torch.randn`.
 
         Raises:
-            ValueError: if `exact_field` or the teacher's network is needed, but not set.
+            ValueError: if `exact_field` or the network of the teacher or of `matching` is needed, but not set.
         """
         draw = uniform or (lambda what, *shape: torch.rand(shape, device=t.device))
         y = drop_labels(y, self.label_dropout, net.no_label, draw("labels", len(y)))
+        if self.matching:
+            noise = normal("points", *x0.shape) if normal else torch.randn_like(x0)
+            return self.matching.losses(net, x0, noise, t, y)
         if self.exact_until:
             x0, x1 = self.exact_pairs(x0, x1, y, t, self.exact_until)
         if self.mean_flow is None:
@@ -120,11 +134,10 @@ class FlowLoss:
     def error(self, net: Callable[..., Tensor], x0: Tensor, x1: Tensor, y: Tensor, t: Tensor) -> Tensor:
         """Return the prediction of the network minus its target: x0, x1 (B, ...), y and t (B,) -> (B, ...).
 
-        For a network of mean velocities, this is the velocity at t. In distillation it is the mean velocity from t to the data.
+        For a network of mean velocities, this is the velocity at t.
         """
         x_t, u_t = self.point_and_target(x0, x1, t)
-        distills = self.mean_flow and self.mean_flow.stride == 1
-        return net(x_t, t, y, *([torch.ones_like(t)] if distills else [])) - u_t
+        return net(x_t, t, y) - u_t
 
     def exact_pairs(self, x0: Tensor, x1: Tensor, y: Tensor, t: Tensor, until: float) -> tuple[Tensor, Tensor]:
         """Replace each pair with t < until by the mean of all pairs that pass through the same point on the path.
@@ -149,13 +162,13 @@ class FlowLoss:
             raise ValueError(
                 "guidance needs training without labels too; set label_dropout above 0, or the guidance scale to 1"
             )
-        if self.mean_flow and not net.spans:
+        if (self.mean_flow or self.matching) and not net.spans:
             raise ValueError("mean velocities need a network with spans; set spans of the network to true")
 
     def prepare(self, load: Callable[[str], Network]) -> None:
-        """Load the teacher of mean velocities, if there is one. `load` gets the teacher's name and returns its network."""
-        if self.mean_flow and self.mean_flow.teacher is not None:
-            self.mean_flow.net = load(self.mean_flow.teacher)
+        """Load the teacher, if there is one. `load` gets the teacher's name and returns its network."""
+        if self.teacher:
+            self.teacher.net = load(str(self.teacher.teacher))
 
 
 def reduce(error: Tensor, loss: LossName) -> Tensor:
@@ -166,15 +179,9 @@ def reduce(error: Tensor, loss: LossName) -> Tensor:
     - `huber` is the pseudo-Huber distance, sqrt(mean square + c^2) - c. One sample with a large error does not outweigh many
       samples with small errors. Use it where every error should become 0. Source: Song and Dhariwal 2023, "Improved
       Techniques for Training Consistency Models", section 3.3.
-    - `charbonnier` is the same for each pixel, mean(sqrt(error^2 + c^2) - c). It is smallest near the median of the targets.
-      If the ink of a pixel is uncertain, the network learns the more likely of black and white, and not a grey. Source: Lai et
-      al. 2017, "Deep Laplacian Pyramid Networks for Fast and Accurate Super-Resolution", section 3.2.
     """
-    squares = error.square().flatten(1)
-    if loss == "huber":
-        squares = squares.mean(1, keepdim=True)
-    losses = squares if loss == "squared" else torch.sqrt(squares + HUBER**2) - HUBER
-    return losses.mean(1)
+    squares = error.square().flatten(1).mean(1)
+    return squares if loss == "squared" else torch.sqrt(squares + HUBER**2) - HUBER
 
 
 INTERVALS = 5
@@ -182,14 +189,14 @@ INTERVALS = 5
 
 
 def losses_by_time(
-    losses: Tensor, t: Tensor, first: float, last: float, intervals: int = INTERVALS
+    losses: Tensor, t: Tensor, until: float = 1.0, intervals: int = INTERVALS
 ) -> Iterator[tuple[str, Tensor, int]]:
     """Yield for each interval of t its name, the mean loss, (), and the number of its samples.
 
-    The losses (B,) belong to the times t (B,). The intervals cover t from `first` to `last`; each is 1 / `intervals` wide. The
-    times are on the CPU, so the host does not wait for a GPU.
+    The losses (B,) belong to the times t (B,). The intervals cover t from 0 to `until`; each is 1 / `intervals` wide. The times
+    are on the CPU, so the host does not wait for a GPU.
     """
-    for i in range(int(first * intervals), math.ceil(last * intervals)):
+    for i in range(math.ceil(until * intervals)):
         inside = ((t * intervals).long() == i).nonzero().flatten()
         mean = losses[send(inside, losses.device)].sum() / max(1, len(inside))
         yield f"{i / intervals:.1f} to {(i + 1) / intervals:.1f}", mean, len(inside)

@@ -14,27 +14,22 @@ In the second, the stride goes to 0. The result is the mean-flow identity:
 The network learns to satisfy one of the two equations. The right-hand side is the target, and no gradients flow through it. For
 s = t, the target is v: this is flow matching. In the code, s is `until`, and u(x, t, s) is `net(x, t, y, until)`.
 
-If both ends of a trajectory are known, the mean velocity from t = 0 to s = 1 is also known. It is the difference of the two
-ends. So with a stride of 1, which cuts no span, a network learns the one step from a teacher's pairs. This is distillation.
-
 Sources: Geng et al. 2025, "Mean Flows for One-step Generative Modeling", equations 6 to 8 (the identity; their time runs from
 data to noise); Guo et al. 2025, "SplitMeanFlow: Interval Splitting Consistency in Few-Step Generative Modeling", equation 7;
 Sabour et al. 2025, "Align Your Flow", section 3.2 (the velocity of a teacher); Geng et al. 2025, "Improved Mean Flows" (without
 a teacher, du/dt along the network's own velocity, which is less noisy than the velocity of a pair).
 """
 
-import math
-
 import torch
 from torch import Tensor
 
-from flowmatch_mnist.flow.guidance import guide
 from flowmatch_mnist.flow.paths import match_dims
+from flowmatch_mnist.flow.teacher import Teacher
 from flowmatch_mnist.networks.base import Network
 from flowmatch_mnist.support.devices import full_float32
 
 
-class MeanFlow:
+class MeanFlow(Teacher):
     """How a network learns mean velocities.
 
     Args:
@@ -46,18 +41,16 @@ class MeanFlow:
         instants: the share of the samples with s = t, in [0, 1].
         to_end: the share of the other samples with a span up to the data, s = 1, in [0, 1]. The remaining spans end at
             uniformly distributed times between t and 1.
-        stride: the length h after which a span is cut, in [0, 1]. 0 means the mean-flow identity. Its derivative multiplies the
-            network's errors by the span, and training may collapse late. A stride above 0 avoids this, but it has a bias. 1
-            means that no span is cut, and the target is the velocity of the pair: use it for distillation, with a teacher's
-            pairs and t = 0.
+        stride: the length h after which a span is cut, in [0, 1). 0 means the mean-flow identity. Its derivative multiplies the
+            network's errors by the span, and training may collapse late. A stride above 0 avoids this, but it has a bias.
         guidance_power: the power of the guidance, see `guidance.guide`; at least 0.
 
     Attributes:
         net: the teacher's network, which predicts the velocity of the linear path. None means the data's own velocity.
 
     Raises:
-        ValueError: if a number is out of its range, if there is guidance without a teacher, if `stride` is 1 with a teacher
-            or with other spans than those up to the data, or if nothing would learn from a teacher or the data.
+        ValueError: if a number is out of its range, if there is guidance without a teacher, or if nothing would learn from a
+            teacher or the data.
     """
 
     def __init__(
@@ -70,29 +63,17 @@ class MeanFlow:
         stride: float = 0.05,
         guidance_power: float = 0.0,
     ) -> None:
-        if not all(0 <= share <= 1 for share in (instants, to_end, stride)):
-            raise ValueError(f"instants, to_end and stride must be shares in [0, 1], got {instants}, {to_end} and {stride}")
-        if guidance != 1 and teacher is None:
-            raise ValueError(f"guidance {guidance:g} changes the velocity of a teacher; set teacher, or set guidance to 1")
-        if stride == 1 and (teacher is not None or (instants, to_end) != (0, 1)):
+        super().__init__(teacher, guidance, guidance_interval, guidance_power)
+        if not all(0 <= share <= 1 for share in (instants, to_end)) or not 0 <= stride < 1:
             raise ValueError(
-                "stride 1 learns the whole way to the data from pairs; leave out teacher, set instants 0 and to_end 1"
+                "instants and to_end must be shares in [0, 1], and stride must be below 1 and not negative, "
+                f"got {instants}, {to_end} and {stride}"
             )
-        if teacher is None and 0 < stride < 1 and instants == 0:
+        if teacher is None and stride > 0 and instants == 0:
             raise ValueError("without a teacher, only instants learn from the data; set instants above 0, or stride 0")
-        start, end = guidance_interval
-        if not 0 <= start < end <= 1:
-            raise ValueError(f"guidance_interval must lie in [0, 1] and rise, got {start} to {end}")
-        if not 0 <= guidance_power < math.inf:
-            raise ValueError(f"guidance_power must be at least 0, and finite, got {guidance_power}")
-        self.teacher = teacher
-        self.guidance = guidance
-        self.guidance_interval = guidance_interval
-        self.guidance_power = guidance_power
         self.instants = instants
         self.to_end = to_end
         self.stride = stride
-        self.net: Network | None = None
 
     def ends(self, t: Tensor, random: Tensor) -> Tensor:
         """Return the ends of the spans: times t (B,), uniform numbers `random` in [0, 1) (B, 2) -> (B,), in [t, 1]."""
@@ -113,18 +94,11 @@ class MeanFlow:
         Raises:
             ValueError: if `teacher` names a network, but `net` is not set.
         """
-        if self.teacher is not None and self.net is None:
-            raise ValueError(f"the teacher {self.teacher} was not loaded; set `net` to its network")
-        if self.stride == 1:
-            return net(x_t, t, y, until) - u_t
         with torch.no_grad():
-            if self.net is None:
+            if self.teacher is None:
                 velocity = net(x_t, t, y, t)
             else:
-                start, end = self.guidance_interval
-                scale = torch.where((start <= t) & (t <= end), self.guidance, 1.0)
-                power = self.guidance_power
-                velocity = u_t = guide(self.net, x_t, t, y, 1.0 if self.guidance == 1 else scale, power=power)
+                velocity = u_t = self.velocity(x_t, t, y)
             if self.stride:
                 h = (until - t).clamp(max=self.stride)
                 later = net(x_t + match_dims(h, x_t) * velocity, t + h, y, until)

@@ -12,24 +12,14 @@ from flowmatch_mnist.support.devices import widest_float
 
 
 class TimeDensity:
-    """A density of t on (0, 1).
-
-    Attributes:
-        support: an interval of t, (first, last). Validation covers it evenly.
-    """
-
-    support = (0.0, 1.0)
+    """A density of t on (0, 1)."""
 
     def quantile(self, u: Tensor) -> Tensor:
         """Return the t below which the fraction u of the density lies: u in (0, 1) -> t in (0, 1), same shape."""
         raise NotImplementedError
 
     def density(self, t: Tensor) -> Tensor:
-        """Return the density at t in (0, 1), same shape: one over the slope of the quantile function where its value is t.
-
-        Raises:
-            ValueError: if all draws are the same t, as in `Start`; then there is no density.
-        """
+        """Return the density at t in (0, 1), same shape: one over the slope of the quantile function where its value is t."""
         u = self._cumulative(t.detach()).requires_grad_()
         with torch.enable_grad():
             (slope,) = torch.autograd.grad(self.quantile(u).sum(), u)
@@ -64,22 +54,6 @@ class Uniform(TimeDensity):
 
     def density(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
-
-
-class Start(TimeDensity):
-    """Only the time t = 0, where x_t is noise: for training one Euler step from noise to data.
-
-    Each pair must be the two ends of one trajectory, see `data/reflow.py`. Validation uses t = 0, and `sample` draws t = 1e-6.
-    This class has no density, so the loss cannot be weighted.
-    """
-
-    support = (0.0, 0.0)
-
-    def quantile(self, u: Tensor) -> Tensor:
-        return torch.zeros_like(u)
-
-    def density(self, t: Tensor) -> Tensor:
-        raise ValueError("a single training time has no density, so the loss cannot be weighted; leave out the weighting")
 
 
 class LogitNormal(TimeDensity):

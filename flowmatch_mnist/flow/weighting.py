@@ -31,9 +31,6 @@ def effective_weight(prediction: Prediction, path: ProbabilityPath, density: Tim
     Here l is the log-SNR of `path` at t in (0, 1). w is the density of l, p(t) / (dl / dt), times a cost: the squared error of
     the prediction for an error of 1 in the noise. At x_t, an error e in the noise is an error -sigma / alpha e in the data, and
     an error -sigma / 2 dl/dt e in the velocity.
-
-    Raises:
-        ValueError: if `density` is only one time, as `Start`.
     """
     slope = path.log_snr_dot(t)
     cost = {
@@ -46,7 +43,7 @@ def effective_weight(prediction: Prediction, path: ProbabilityPath, density: Tim
 
 def _weight_of(prediction: Prediction, path: ProbabilityPath, density: TimeDensity) -> Callable[[Tensor], Tensor]:
     # Numbers instead of tensors, so a GPU does not wait for them. Beyond them, the objective has no weight.
-    first, last = path.log_snr(torch.tensor(density.support)).tolist()
+    first, last = path.log_snr(torch.tensor([0.0, 1.0])).tolist()
 
     def weight(log_snr: Tensor) -> Tensor:
         inside = (first <= log_snr) & (log_snr <= last)
@@ -81,8 +78,5 @@ def loss_weight(
 
     t (B,) in (0, 1) -> (B,). If t is drawn from `density`, this is importance sampling: for every density, the loss has the
     mean of the named objective.
-
-    Raises:
-        ValueError: if `density` is only one time, as `Start`.
     """
     return WEIGHTINGS[weighting](path.log_snr(t)) / effective_weight(prediction, path, density, t)

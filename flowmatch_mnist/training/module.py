@@ -3,6 +3,8 @@
 The loss itself is in `flow/loss.py` and does not need Lightning.
 """
 
+import copy
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
@@ -96,19 +98,24 @@ class FlowMatching(LightningModule):
         self.seed = seed
         self.objective = FlowLoss(**objective)
         self.objective.check(net, guided=start is None and self.sampler.guidance != 1)
+        self.fake: Network | None = None  # trained along with `net`, see `flow.matching`
+        if self.objective.matching:
+            if start is None:
+                raise ValueError("distribution matching begins with trained weights; set start")
+            self.objective.matching.fake = self.fake = copy.deepcopy(self.net)
         self.units = UNITS["linear"]
         self.flow.check(self.sampler)
 
     @property
     def flow(self) -> Flow:
         """The network, and the meaning of its output."""
-        return Flow(self.net, self.objective.path, self.objective.prediction, self.units, self.objective.learns_one_step)
+        return Flow(self.net, self.objective.path, self.objective.prediction, self.units, self.objective.matching is not None)
 
     def check_data_and_set_units(self, data: PairsDataModule) -> None:
         """Check that the data fit the network and the path, and use their units.
 
         Raises:
-            UserError: if the network expects other shapes or classes, or the pairs do not fit the path or the training times.
+            UserError: if the network expects other shapes or classes, or the pairs cannot be used with the path.
         """
         net, problem = self.net, data.problem
         if net.shape != problem.shape or net.no_label != problem.classes:
@@ -121,11 +128,6 @@ class FlowMatching(LightningModule):
             raise UserError(
                 f"the pairs of {type(data).__name__} are the ends of straight lines; set --model.path {data.path}, "
                 f"not {self.objective.path}"
-            )
-        if data.path is None and self.objective.needs_trajectories:
-            raise UserError(
-                f"distillation needs the ends of trajectories, but {type(data).__name__} pairs data with random noise; set "
-                "--data ReflowDataModule, or change --model.times (Start) or --model.mean_flow.stride (1)"
             )
         self.units = problem.units
 
@@ -146,6 +148,8 @@ class FlowMatching(LightningModule):
             )
         if stage == "fit" and self.start is not None:
             warm_start(self.net, weights_path(self.start))
+            if self.fake is not None:
+                self.fake.load_state_dict(self.net.state_dict())
 
     def on_fit_start(self) -> None:
         """Load the teacher and the exact field if the objective needs them, and compile the network if `compile` is set.
@@ -160,17 +164,15 @@ class FlowMatching(LightningModule):
                 "--model.exact_until 0, or --data.dequantize false and --data.coupling independent"
             )
         if self.compiles:
-            teacher = self.objective.mean_flow.net if self.objective.mean_flow else None
-            for net in [self.net] if teacher is None else [self.net, teacher]:
+            nets = (self.net, self.fake, getattr(self.objective.teacher, "net", None))
+            for net in filter(None, nets):
                 compile_in_place(net, self.device, None if self.compiles is True else self.compiles)
 
     def prepare_exact_field(self) -> bool:
         """Give the objective the exact field of the training data, once. Return whether there is such a field."""
         data = getattr(self.trainer, "datamodule", None)
-        if self.objective.exact_field is None and isinstance(data, PairsDataModule):
-            training_set = data.training_set()
-            if training_set is not None:
-                self.objective.exact_field = ExactField(*(tensor.to(self.device) for tensor in training_set))
+        if self.objective.exact_field is None and isinstance(data, PairsDataModule) and (found := data.training_set()):
+            self.objective.exact_field = ExactField(*(tensor.to(self.device) for tensor in found))
         return self.objective.exact_field is not None
 
     def training_step(self, batch: Pairs, batch_idx: int) -> Tensor:
@@ -183,10 +185,10 @@ class FlowMatching(LightningModule):
         seed = torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed
         seed(streams.seed(self.seed, "network", position.step, position.rank))
 
-        def uniform(what: str, *shape: int) -> Tensor:
-            return position.uniform(shape, self.device, self.seed, what)
+        def numbers(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            return lambda what, *shape: draw(shape, self.device, self.seed, what)
 
-        loss = self.objective(self.net, x0, x1, y, t, uniform).mean()
+        loss = self.objective(self.net, x0, x1, y, t, numbers(position.uniform), numbers(position.normal)).mean()
         self.last_loss = loss.detach()
         return loss
 
@@ -234,14 +236,14 @@ class FlowMatching(LightningModule):
             return  # the last global batch may be too small to give every process a sample
         # The positions of this process's samples in the global batch, see data.batches.
         positions = torch.arange(len(y)) * self.trainer.world_size + self.global_rank
-        first, last = self.objective.density.support
-        t = first + (last - first) * fixed_times(batch_idx, positions)  # on the CPU, as in training
+        t = fixed_times(batch_idx, positions)  # on the CPU, as in training
         # Only training uses compiled code: another batch size, without gradients, would be compiled again.
         t_on_device = send(t, self.device)
-        error = self.objective.error(self.net.forward, x0, x1, y, t_on_device)
+        # `fake` knows the velocity of a student's samples. Its loss tells how far these are from the data.
+        error = self.objective.error((self.fake or self.net).forward, x0, x1, y, t_on_device)
         losses = reduce(error, "squared")
         self.log(f"loss/{split}", losses.mean(), prog_bar=split == "val", batch_size=len(y), sync_dist=True)
-        for interval, mean, count in losses_by_time(losses, t, first, last):
+        for interval, mean, count in losses_by_time(losses, t):
             self.log(f"loss_by_time/{split} {interval}", mean, batch_size=count, sync_dist=True)
         if self.prepare_exact_field():
             until = round(float(PATHS[self.objective.path].time(PATHS["linear"].log_snr(torch.tensor(EXACT_LOSS_UNTIL)))), 4)
@@ -251,10 +253,9 @@ class FlowMatching(LightningModule):
                 - self.objective.point_and_target(*exact, t_on_device)[1]
             )
             early = (t < until).nonzero().flatten()
-            # error + scatter is the prediction minus the exact target, without a second evaluation of the network. With 5
-            # intervals, the time before EXACT_LOSS_UNTIL would be only one of them.
+            # error + scatter is the prediction minus the exact target. Of 5 intervals, only one would lie before this time.
             losses = reduce((error + scatter)[early.to(self.device)], "squared")
-            for interval, mean, count in losses_by_time(losses, t[early], first, min(until, last), intervals=10):
+            for interval, mean, count in losses_by_time(losses, t[early], until, intervals=10):
                 self.log(f"loss_exact/{split} {interval}", mean, batch_size=count, sync_dist=True)
 
     def predict_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
@@ -267,7 +268,9 @@ class FlowMatching(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer, and the schedule that warms up and decays its learning rate by steps."""
-        optimizer = build_optimizer(self.optimizer, self.parameters(), self._stored_optimizer)
+        matching, fake = self.objective.matching, self.fake
+        shares = {self.net: matching.student_rate, fake: 1.0} if matching and fake else {self.net: 1.0}
+        optimizer = build_optimizer(self.optimizer, shares, self._stored_optimizer)
         self._settings = settings_of(optimizer)
 
         def factor(step: int) -> float:

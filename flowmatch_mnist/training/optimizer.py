@@ -1,14 +1,14 @@
 """The optimizer of a run, and its learning rate. A resumed run may change the settings of both, but not the optimizer."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from flowmatch_mnist.networks.base import Network
 from flowmatch_mnist.support.errors import UserError, one_line
 from flowmatch_mnist.training.internals import unscale_before_clipping
 
@@ -29,19 +29,19 @@ def learning_rate_factor(step: int, warmup_steps: int, total_steps: float, decay
     return {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}[decay]
 
 
-def build_optimizer(build: OptimizerCallable, parameters: Iterable[Tensor], stored: str | None) -> Optimizer:
-    """Return the optimizer of the parameters.
+def build_optimizer(build: OptimizerCallable, shares: Mapping[Network, float], stored: str | None) -> Optimizer:
+    """Return the optimizer of networks.
 
     Args:
-        build: builds the optimizer from the parameters.
-        parameters: the parameters to optimise.
+        build: builds the optimizer from parameters.
+        shares: the networks to optimise, and for each the share of the learning rate that it gets.
         stored: the class name of the optimizer in the checkpoint that the run resumes from, or None.
 
     Raises:
         UserError: if a setting of the optimizer is out of its range, or the checkpoint is from another optimizer.
     """
     try:
-        optimizer = build(parameters)
+        optimizer = build([{"params": list(net.parameters())} for net in shares])
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"model.optimizer does not work: {one_line(error)}; correct its settings") from error
     if stored not in (None, type(optimizer).__name__):
@@ -49,6 +49,8 @@ def build_optimizer(build: OptimizerCallable, parameters: Iterable[Tensor], stor
             f"the checkpoint has the state of {stored}, but the config asks for {type(optimizer).__name__}; resume with the "
             "same model.optimizer, or start a new run from these weights with --model.start"
         )
+    for group, share in zip(optimizer.param_groups, shares.values(), strict=True):
+        group["lr"] *= share
     unscale_before_clipping(optimizer)
     return optimizer
 
