@@ -270,7 +270,7 @@ def test_two_nodes_share_the_steps_that_one_process_would_take(tmp_path, data_di
         (["--model.label_dropout", "2"], ["label_dropout"]),
         (["--model.optimizer", "flowmatch_mnist.training.muon.Muon", "--model.optimizer.momentum", "1"], ["momentum", "1"]),
         (["--model.optimizer.lr", "-1"], ["model.optimizer", "learning rate: -1"]),
-        (["--model.matching.teacher", "mnist"], ["set start"]),
+        (["--model.matching.teacher", "mnist", "--model.net.spans", "true"], ["set start"]),
         (["--model.sampler.solver", "leapfrog"], ["no solver 'leapfrog'", "midpoint"]),
         (["--ema.decay", "1.5"], ["decay"]),
         (["--trainer.accelerator", "abacus"], ["abacus"]),
