@@ -19,6 +19,12 @@ REFUSED = {
 }
 """Arguments of `ModelCheckpoint` that are refused, with the reasons."""
 
+REFUSED_BY_QUALITY = dict.fromkeys(
+    ("every_n_train_steps", "train_time_interval", "save_on_train_epoch_end"),
+    "by quality, checkpoints are saved when --evaluation measures",
+)
+"""Further arguments that are refused if `Evaluate` measures the number, with the reason."""
+
 
 def evaluations(trainer: Trainer) -> list[Evaluate]:
     """Return the trainer's callbacks that measure the quality of samples."""
@@ -53,7 +59,8 @@ class KeepBest(ModelCheckpoint):
         enable_version_counter: bool = False,
         **settings: Any,
     ) -> None:
-        for setting, reason in REFUSED.items():
+        self.by_quality = monitor is not None and monitor.startswith(QUALITY)
+        for setting, reason in (REFUSED | (REFUSED_BY_QUALITY if self.by_quality else {})).items():
             if settings.get(setting):
                 raise ValueError(f"{reason}; leave out --checkpoint.{setting}")
         if filename is not None and save_top_k not in (0, 1) and "{" not in filename:
@@ -61,13 +68,7 @@ class KeepBest(ModelCheckpoint):
                 f"--checkpoint.filename {filename!r} is one name for several checkpoints; add {{step}} to it, or leave it out"
             )
         filename = filename or ("best" if save_top_k == 1 else "{step}")
-        self.by_quality = monitor is not None and monitor.startswith(QUALITY)
         if self.by_quality:
-            for setting in ("every_n_train_steps", "train_time_interval", "save_on_train_epoch_end"):
-                if settings.get(setting):
-                    raise ValueError(
-                        f"by quality, checkpoints are saved when --evaluation measures; leave out --checkpoint.{setting}"
-                    )
             settings["save_on_train_epoch_end"] = False
         super().__init__(
             filename=filename,
