@@ -95,8 +95,8 @@ def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if path.suffix != ".safetensors":
         checkpoint = read_checkpoint(path)
         # A student of distribution matching has a second network, which only its training needs.
-        own = {key: value for key, value in checkpoint["state_dict"].items() if not key.startswith("fake.")}
-        weights = {key.removeprefix("net."): value for key, value in own.items()}
+        stored = checkpoint["state_dict"].items()
+        weights = {key.removeprefix("net."): value for key, value in stored if not key.startswith("fake.")}
         return checkpoint[DESCRIPTION_KEY], weights
     weights, metadata = load_weights(path)
     try:
