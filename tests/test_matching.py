@@ -135,6 +135,9 @@ def test_what_is_missing_is_named():
         FlowMatching(MLP(spans=True), matching=matching)
     with pytest.raises(ValueError, match="interval"):
         DistributionMatching("some", guidance_interval=(0.5, 0.4))
+    for weight in (-0.1, float("inf")):
+        with pytest.raises(ValueError, match="pairs must be"):
+            DistributionMatching("some", pairs=weight)
     for rate in (0, 1.1):
         with pytest.raises(ValueError, match="student_rate must be"):
             DistributionMatching("some", student_rate=rate)
@@ -148,6 +151,44 @@ def test_the_student_learns_at_its_share_of_the_rate():
     student, fake = module.configure_optimizers()["optimizer"].param_groups
     assert (student["lr"], fake["lr"]) == (0.1, 0.4)
     assert student["params"][0] is next(module.net.parameters()) and fake["params"][0] is next(module.fake.parameters())
+
+
+def test_a_sample_is_also_drawn_to_its_pair():
+    student, (x0, noise, t, y) = Student(0.2, 0.6), draws(8)
+    matching = between(student)
+    alone = matching.losses(student, x0, noise, t, y)
+    matching.pairs = 0.5
+    with pytest.raises(ValueError, match="set `draw`"):
+        matching.losses(student, x0, noise, t, y)
+    matching.draw = lambda noise, labels: noise + labels[0] - 2
+    found = matching.losses(student, x0, noise, t, y)
+    # Smooth L1: far from zero, the distance is the absolute difference less half of its smooth part.
+    distance = (0.2 + 0.6 * x0 - (x0 - 2)).abs()
+    assert distance.min() > 0.01
+    torch.testing.assert_close(found - alone, 0.5 * (distance - 0.005).flatten(1).mean(1))
+
+
+def test_the_fake_begins_as_the_teacher_and_pairs_come_from_the_start(tiny_run, tmp_path):
+    teacher = tiny_run / "runs/tiny/version_0/checkpoints/last.ckpt"
+    stored = torch.load(teacher, weights_only=True)
+    stored["state_dict"]["net.stem.bias"] += 1
+    start = tmp_path / "start.ckpt"
+    torch.save(stored, start)
+    net = load(teacher)[0].net
+    spans = type(net)(**net.arguments | {"spans": True})
+    settings = {"sampler": Sampler(1, "average"), "start": str(start), "decay": "constant"}
+    matching = DistributionMatching(str(teacher), pairs=0.5)
+    module = FlowMatching(spans, matching=matching, **settings)
+    module._trainer = SimpleNamespace(max_steps=1, max_epochs=1, datamodule=None)
+    module.setup("fit")
+    torch.testing.assert_close(module.fake.stem.bias, net.stem.bias)
+    torch.testing.assert_close(module.net.stem.bias, net.stem.bias + 1)
+    module.on_fit_start()
+    flow, sampler = load(start)
+    noise, y = torch.randn(3, *net.shape), torch.tensor([1, 2, 3])
+    *_, expected = flow.states(flow.guided(y, sampler), noise, sampler)
+    torch.testing.assert_close(matching.pair(noise, y), expected)
+    assert not any(p.requires_grad for p in matching.net.parameters())
 
 
 def test_the_teacher_is_guided(tiny_net):

@@ -10,37 +10,52 @@ the data. So the student moves x the other way:
 
 On average, this step is the gradient of the Kullback-Leibler divergence D(samples || data) between both with noise, up to a
 weight for each t. The denominator is the teacher's error at this point. It makes the steps at all t equally large. Both
-networks learn in the same step of the optimizer, and the loss of each leaves the other unchanged.
+networks learn in the same step of the optimizer, and the loss of each leaves the other unchanged. `fake` starts as a copy of
+the teacher.
+
+The student may also learn from pairs: the network that it started from draws a sample from the same noise in several steps,
+and the student's sample should be near to it. Then more samples belong to their class.
 
 The loss of `fake` for pairs of real data is smallest if the samples are distributed like the data. Validation logs this loss.
 
 Sources: Yin et al. 2023, "One-step Diffusion with Distribution Matching Distillation", equations 7 and 8 (the step and its
-weight), where `fake` estimates data, and not velocities; Yin et al. 2024, "Improved Distribution Matching Distillation for
-Fast Image Synthesis" (without a teacher's pairs of noise and data).
+weight, where `fake` estimates data, and not velocities) and section 3.3 (pairs, with another distance, and with the weight
+0.25); Yin et al. 2024, "Improved Distribution Matching Distillation for Fast Image Synthesis" (without pairs).
 """
 
+import math
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flowmatch_mnist.flow.paths import PATHS
 from flowmatch_mnist.flow.teacher import Teacher
 from flowmatch_mnist.networks.base import Network
 
+SMOOTH = 0.01
+"""The distance of a pair is nearly quadratic where the difference of two pixels is below this."""
+
 
 class DistributionMatching(Teacher):
     """How a network learns one step by distribution matching.
 
     Args:
-        teacher: trained weights, a file or a name of weights in the package, which know the velocity of the data.
+        teacher: trained weights, a file or a name of weights in the package, which know the velocity of the data. `fake` starts
+            from them too, so they must be of the student's network.
         guidance: the guidance scale of the teacher. The student learns guided samples, so sampling needs no guidance.
         guidance_interval: the first and the last t at which the guidance acts.
         guidance_power: the power of the guidance, see `guidance.guide`; at least 0.
         student_rate: the student's learning rate, as a share of the rate of `fake`, in (0, 1]. If the student changes too fast,
             `fake` cannot follow, and the samples lose their variety (Yin et al. 2024, section 4.2).
+        pairs: the weight of the distance between the student's sample and the sample that the network of `start` draws from the
+            same noise, at least 0. The distance is smooth L1. 0 means no pairs.
 
     Attributes:
         net: the teacher's network.
         fake: the network that learns the velocity of the student's samples, or None before the training code sets it.
+        draw: draws the other samples of the pairs, noise (B, ...) and labels (B,) -> data (B, ...), or None.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -53,11 +68,16 @@ class DistributionMatching(Teacher):
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_power: float = 0.0,
         student_rate: float = 0.2,
+        pairs: float = 0.0,
     ) -> None:
         super().__init__(teacher, guidance, guidance_interval, guidance_power)
         if not 0 < student_rate <= 1:
             raise ValueError(f"student_rate must be above 0 and at most 1, got {student_rate}")
+        if not 0 <= pairs < math.inf:
+            raise ValueError(f"pairs must be at least 0, and finite, got {pairs}")
         self.student_rate = student_rate
+        self.pairs = pairs
+        self.draw: Callable[[Tensor, Tensor], Tensor] | None = None
         self.fake: Network | None = None
 
     def losses(self, student: Network, x0: Tensor, noise: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -74,7 +94,7 @@ class DistributionMatching(Teacher):
             y: labels (B,).
 
         Raises:
-            ValueError: if `fake` or the teacher's `net` is not set.
+            ValueError: if `fake`, the teacher's `net` or, for pairs, `draw` is not set.
         """
         if self.fake is None:
             raise ValueError("the network of the student's samples is unknown; set `fake` to a copy of the teacher")
@@ -86,5 +106,18 @@ class DistributionMatching(Teacher):
             real = self.velocity(x_t, t, y)
             own_error = (u_t - real).abs().flatten(1).mean(1)
             step = (fake - real) / own_error.view(-1, *[1] * (x.dim() - 1))
-        moved = (x - (sample - step)).square() / 2
-        return (moved + (fake - u_t).square()).flatten(1).mean(1)
+        loss = (x - (sample - step)).square() / 2 + (fake - u_t).square()
+        if self.pairs:
+            loss = loss + self.pairs * F.smooth_l1_loss(x, self.pair(x0, y), reduction="none", beta=SMOOTH)
+        return loss.flatten(1).mean(1)
+
+    @torch.no_grad()
+    def pair(self, x0: Tensor, y: Tensor) -> Tensor:
+        """Return the other samples of the pairs: noise (B, ...), labels (B,) -> data (B, ...).
+
+        Raises:
+            ValueError: if `draw` is not set.
+        """
+        if self.draw is None:
+            raise ValueError("nothing draws the samples of the pairs; set `draw`, or set pairs to 0")
+        return self.draw(x0, y)

@@ -4,7 +4,7 @@ import glob
 import inspect
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,24 @@ def load_teacher(weights: str, student: Flow, device: torch.device) -> Network:
     if theirs != ours:
         raise UserError(f"the teacher {weights} draws {theirs}, but the student draws {ours}; use another teacher")
     return flow.net.requires_grad_(False)
+
+
+def load_drawer(weights: str, device: torch.device) -> tuple[Network, Callable[[Tensor, Tensor], Tensor]]:
+    """Return a network with fixed weights, and a function that draws with its own sampler: noise (B, ...), y (B,) -> (B, ...).
+
+    The weights are a file, or a name of weights in the package. The samples follow from the noise alone, so there is no churn.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    flow, sampler = load(weights_path(weights), device)
+    sampler = replace(sampler, churn=0.0)
+
+    def draw(x0: Tensor, y: Tensor) -> Tensor:
+        *_, x1 = flow.states(flow.guided(y, sampler), x0, sampler)
+        return x1
+
+    return flow.net.requires_grad_(False), draw
 
 
 def save(path: Path, flow: Flow, sampler: Sampler, metadata: Mapping[str, str]) -> None:

@@ -21,7 +21,7 @@ from flowmatch_mnist.flow.times import fixed_times
 from flowmatch_mnist.networks.base import Network
 from flowmatch_mnist.sampling.generate import Flow, Sampler, churn_noise
 from flowmatch_mnist.sampling.units import UNITS
-from flowmatch_mnist.sampling.weights import DESCRIPTION_KEY, load_teacher, warm_start, weights_path
+from flowmatch_mnist.sampling.weights import DESCRIPTION_KEY, load_drawer, load_teacher, warm_start, weights_path
 from flowmatch_mnist.support import streams
 from flowmatch_mnist.support.devices import compile_in_place, send
 from flowmatch_mnist.support.errors import UserError
@@ -148,8 +148,8 @@ class FlowMatching(LightningModule):
             )
         if stage == "fit" and self.start is not None:
             warm_start(self.net, weights_path(self.start))
-            if self.fake is not None:
-                self.fake.load_state_dict(self.net.state_dict())
+            if self.fake and self.objective.teacher:
+                warm_start(self.fake, weights_path(str(self.objective.teacher.teacher)))
 
     def on_fit_start(self) -> None:
         """Load the teacher and the exact field if the objective needs them, and compile the network if `compile` is set.
@@ -158,13 +158,16 @@ class FlowMatching(LightningModule):
             UserError: if the teacher does not load, or the data have no exact field.
         """
         self.objective.prepare(lambda teacher: load_teacher(teacher, self.flow, self.device))
+        matching, drawer = self.objective.matching, None
+        if matching and matching.pairs:
+            drawer, matching.draw = load_drawer(str(self.start), self.device)
         if self.objective.exact_until and not self.prepare_exact_field():
             raise UserError(
                 "exact_until needs data without dequantization, and noise that is independent of the data; set "
                 "--model.exact_until 0, or --data.dequantize false and --data.coupling independent"
             )
         if self.compiles:
-            nets = (self.net, self.fake, getattr(self.objective.teacher, "net", None))
+            nets = (self.net, self.fake, getattr(self.objective.teacher, "net", None), drawer)
             for net in filter(None, nets):
                 compile_in_place(net, self.device, None if self.compiles is True else self.compiles)
 
@@ -248,13 +251,10 @@ class FlowMatching(LightningModule):
         if self.prepare_exact_field():
             until = round(float(PATHS[self.objective.path].time(PATHS["linear"].log_snr(torch.tensor(EXACT_LOSS_UNTIL)))), 4)
             exact = self.objective.exact_pairs(x0, x1, y, t_on_device, until)
-            scatter = (
-                self.objective.point_and_target(x0, x1, t_on_device)[1]
-                - self.objective.point_and_target(*exact, t_on_device)[1]
-            )
+            own, mean = (self.objective.point_and_target(*pair, t_on_device)[1] for pair in ((x0, x1), exact))
             early = (t < until).nonzero().flatten()
-            # error + scatter is the prediction minus the exact target. Of 5 intervals, only one would lie before this time.
-            losses = reduce((error + scatter)[early.to(self.device)], "squared")
+            # An error from the mean target. Of 5 intervals, only one would lie before this time.
+            losses = reduce((error + own - mean)[early.to(self.device)], "squared")
             for interval, mean, count in losses_by_time(losses, t[early], until, intervals=10):
                 self.log(f"loss_exact/{split} {interval}", mean, batch_size=count, sync_dist=True)
 
