@@ -38,9 +38,9 @@ class Student(nn.Module):
         return self.drawn - x
 
 
-def between(student, bias=None):
+def between(student, bias=None, pairs=0.0):
     """The matching of a student with the oracle's data. Its `fake` knows the samples of now; `bias` is all that can learn."""
-    matching = DistributionMatching("some")
+    matching = DistributionMatching("some", pairs=pairs)
     data = Gaussian(STRAIGHT, "velocity")
     matching.net = lambda x, t, y: data(x, t)
 
@@ -156,9 +156,8 @@ def test_the_student_learns_at_its_share_of_the_rate():
 
 def test_a_sample_is_also_drawn_to_its_pair():
     student, (x0, noise, t, y) = Student(0.2, 0.6), draws(8)
-    matching = between(student)
-    alone = matching.losses(student, x0, noise, t, y)
-    matching.pairs = 0.5
+    alone = between(student).losses(student, x0, noise, t, y)
+    matching = between(student, pairs=0.5)
     with pytest.raises(ValueError, match="set `draw`"):
         matching.losses(student, x0, noise, t, y)
     matching.draw = lambda noise, labels: noise + labels[0] - 2
