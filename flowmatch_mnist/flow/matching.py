@@ -43,7 +43,7 @@ class DistributionMatching(Teacher):
 
     Args:
         teacher: trained weights, a file or a name of weights in the package, which know the velocity of the data. `fake` starts
-            from them too, so they must be of the student's network.
+            from them too, so the teacher must have the student's network.
         guidance: the guidance scale of the teacher. The student learns guided samples, so sampling needs no guidance.
         guidance_interval: the first and the last t at which the guidance acts.
         guidance_power: the power of the guidance, see `guidance.guide`; at least 0.

@@ -253,7 +253,7 @@ class FlowMatching(LightningModule):
             exact = self.objective.exact_pairs(x0, x1, y, t_on_device, until)
             own, mean = (self.objective.point_and_target(*pair, t_on_device)[1] for pair in ((x0, x1), exact))
             early = (t < until).nonzero().flatten()
-            # An error from the mean target. Of 5 intervals, only one would lie before this time.
+            # This is the prediction minus the mean target. Of 5 intervals, only one would lie before this time.
             losses = reduce((error + own - mean)[early.to(self.device)], "squared")
             for interval, mean, count in losses_by_time(losses, t[early], until, intervals=10):
                 self.log(f"loss_exact/{split} {interval}", mean, batch_size=count, sync_dist=True)
