@@ -257,8 +257,8 @@ def test_a_run_goes_on_in_the_precision_of_the_new_hardware(assemble, tmp_path, 
 
 def test_from_the_path_of_a_checkpoint_a_new_run_begins(assemble, tmp_path):
     path = keep(tmp_path / "runs/tiny/version_4")
-    made = assemble("fit", "--ckpt_path", path, "--model.start", "gone.ckpt")
-    assert str(made.trainer.callbacks[0].path) == "runs/tiny/version_5" and made.model.start is None
+    made = assemble("fit", "--ckpt_path", path)
+    assert str(made.trainer.callbacks[0].path) == "runs/tiny/version_5" and made.model.resumes
     assert made.trainer.loggers[0]._kwargs["purge_step"] is None
     config = next(callback.config for callback in made.trainer.callbacks if type(callback).__name__ == "LogConfig")
     assert config.ckpt_path is None, "a run from its config starts afresh"

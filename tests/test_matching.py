@@ -1,5 +1,6 @@
 """Distribution matching: the step against its formula for known distributions, where it leads, and a student of a teacher."""
 
+import shutil
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -223,7 +224,8 @@ def test_a_student_by_the_command_line(tiny_run, tmp_path, few_digits):
     student = ("--model.net.spans", "true", "--model.matching.teacher", teacher, "--model.label_dropout", 0)
     one_step = ("--model.sampler", "{steps: 1, solver: average}")
     assert_one_line_error(run_here("train.py", *common, *student, *one_step, cwd=tmp_path), "set start")
-    student += ("--model.start", teacher)
+    start = shutil.copy(teacher, tmp_path / "start.ckpt")
+    student += ("--model.start", start)
     done = run_here("train.py", *common, *student, *one_step, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     last = tmp_path / "runs/student/version_0/checkpoints/last.ckpt"
@@ -237,6 +239,7 @@ def test_a_student_by_the_command_line(tiny_run, tmp_path, few_digits):
     done = run_here("sample.py", 7, "--checkpoint", last, cwd=tmp_path)
     assert done.returncode == 0 and "average, 1 step, guidance 1, 1 evaluation each" in done.stdout
     assert_one_line_error(run_here("sample.py", 7, "--checkpoint", last, "--steps", 2, cwd=tmp_path), "only one step")
+    start.unlink()  # a resumed run needs it only for pairs
     done = run_here("train.py", "--ckpt_path", "last", "--trainer.max_epochs", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     done = run_here("train.py", "test", "--ckpt_path", "last", cwd=tmp_path)

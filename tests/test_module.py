@@ -110,9 +110,9 @@ def test_a_warm_start_begins_with_the_weights_of_a_file(tmp_path):
     save(tmp_path / "trained.safetensors", Flow(trained), Sampler(), {})
     module = FlowMatching(MLP(classes=10), start=str(tmp_path / "trained.safetensors"))
     module._trainer = SimpleNamespace(max_steps=3, max_epochs=None)
-    for stage in ("test", "fit"):
+    for stage, module.resumes, starts in (("test", False, False), ("fit", True, False), ("fit", False, True)):
         module.setup(stage)
-        assert torch.equal(module.net.label.weight, trained.label.weight) == (stage == "fit")
+        assert torch.equal(module.net.label.weight, trained.label.weight) == starts
 
 
 def test_channels_last_is_the_memory_format_of_the_weights():

@@ -192,7 +192,7 @@ class CLI(LightningCLI):
                         f"{checkpoint} holds a model with {key} {self.stored.get(key)}, but the config asks for {wanted[key]}; "
                         "give the --config that it was trained with, or no --config"
                     )
-            self.model.start = None  # the checkpoint replaces those weights, and their file may no longer exist
+            self.model.resumes = True
             # The saved config has no checkpoint, because a run from that config should start from the beginning.
             self.config[self.subcommand].ckpt_path = None
             if self.trainer.is_global_zero:

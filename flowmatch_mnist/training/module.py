@@ -68,6 +68,7 @@ class FlowMatching(LightningModule):
     """
 
     last_loss: Tensor  # the loss of the last training batch, (), on the device
+    resumes = False  # whether a checkpoint replaces the weights of `start`, whose file may no longer exist
     _stored_optimizer: str | None = None  # the optimizer's class name in the checkpoint that the run resumes from
 
     def __init__(
@@ -132,13 +133,12 @@ class FlowMatching(LightningModule):
         self.units = problem.units
 
     def setup(self, stage: str) -> None:
-        """Use the units of the data, and load the weights of a warm start. A checkpoint is loaded later and replaces them.
+        """Use the units of the data, and load the weights of a warm start. A resumed run has the weights of its checkpoint.
 
         Raises:
             UserError: if model and data do not fit, the learning rate decays without an end, or the weights do not load.
         """
-        data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, PairsDataModule):
+        if isinstance(data := getattr(self.trainer, "datamodule", None), PairsDataModule):
             self.check_data_and_set_units(data)
         endless = self.trainer.max_steps == -1 and self.trainer.max_epochs == -1
         if stage == "fit" and endless and self.decay != "constant":
@@ -146,7 +146,7 @@ class FlowMatching(LightningModule):
                 f"a learning rate with {self.decay} decay needs an end of training; set --trainer.max_epochs, "
                 "--trainer.max_steps or --model.decay constant"
             )
-        if stage == "fit" and self.start is not None:
+        if stage == "fit" and self.start is not None and not self.resumes:
             warm_start(self.net, weights_path(self.start))
             if self.fake and self.objective.teacher:
                 warm_start(self.fake, weights_path(str(self.objective.teacher.teacher)))
