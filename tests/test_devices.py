@@ -45,6 +45,7 @@ def commands(data_dir):
     guided = ["--model.mean_flow.guidance", 1.5, "--model.loss", "huber"]
     matching = ["--model.net.spans", "true", "--model.sampler", "{steps: 1, solver: average}", "--model.start", LAST]
     matching += ["--model.matching.teacher", LAST, "--model.matching.guidance", 1.5, "--model.matching.pairs", 0.25]
+    matching += ["--model.matching.pairs_first", 1]
     others = ["--model.path", "vp", "--model.prediction", "noise", "--model.times", "Mode", "--model.weighting", "sd3"]
     others += ["--data.pixels", "logit", "--data.dequantize", "true", "--data.coupling", "ot_within_class"]
     others += ["--model.on_non_finite", "skip", "--model.optimizer", "flowmatch_mnist.training.muon.Muon", "--name", "others"]

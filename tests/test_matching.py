@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, assert_one_line_error, run_here
+from conftest import TINY, assert_one_line_error, run, run_here
 from oracle import MEAN, SPREAD, Gaussian
 from torch import nn
 
@@ -39,9 +39,9 @@ class Student(nn.Module):
         return self.drawn - x
 
 
-def between(student, bias=None, pairs=0.0):
+def between(student, bias=None, **settings):
     """The matching of a student with the oracle's data. Its `fake` knows the samples of now; `bias` is all that can learn."""
-    matching = DistributionMatching("some", pairs=pairs)
+    matching = DistributionMatching("some", **settings)
     data = Gaussian(STRAIGHT, "velocity")
     matching.net = lambda x, t, y: data(x, t)
 
@@ -140,6 +140,8 @@ def test_what_is_missing_is_named():
     for weight in (-0.1, float("inf")):
         with pytest.raises(ValueError, match="pairs must be"):
             DistributionMatching("some", pairs=weight)
+    with pytest.raises(ValueError, match="pairs_first must be"):
+        DistributionMatching("some", pairs_first=-1)
     for rate in (0, 1.1):
         with pytest.raises(ValueError, match="student_rate must be"):
             DistributionMatching("some", student_rate=rate)
@@ -167,6 +169,56 @@ def test_a_sample_is_also_drawn_to_its_pair():
     distance = (0.2 + 0.6 * x0 - (x0 - 2)).abs()
     assert distance.min() > 0.01
     torch.testing.assert_close(found - alone, 0.5 * (distance - 0.005).flatten(1).mean(1))
+
+
+@pytest.mark.parametrize("pairs", [0.0, 0.5])
+def test_in_the_first_steps_a_sample_is_only_drawn_to_its_pair(pairs):
+    student, (x0, noise, t, y) = Student(0.2, 0.6), draws(8)
+    later = between(student, pairs=pairs)
+    matching = between(student, pairs=pairs, pairs_first=2)
+    matching.draw = later.draw = lambda noise, labels: noise + labels[0] - 2
+    matching.step = lambda: 2
+    torch.testing.assert_close(matching.losses(student, x0, noise, t, y), later.losses(student, x0, noise, t, y))
+    matching.step, matching.net, matching.fake = lambda: 1, None, nn.Linear(2, 2)
+    found = matching.losses(student, x0, noise, t, y)
+    distance = (0.2 + 0.6 * x0 - (x0 - 2)).abs()
+    torch.testing.assert_close(found, (distance - 0.005).flatten(1).mean(1))
+    found.sum().backward()
+    assert all((p.grad == 0).all() for p in matching.fake.parameters()), "two processes wait for each gradient"
+    matching.draw = None
+    with pytest.raises(ValueError, match="set `draw`"):
+        matching.losses(student, x0, noise, t, y)
+
+
+def test_two_processes_learn_from_pairs_alone_in_the_first_optimizer_steps(tiny_run, tmp_path, data_dir):
+    teacher = tiny_run / "runs/tiny/version_0/checkpoints/last.ckpt"
+    common = ("--config", TINY, "--data.data_dir", data_dir, "--name", "student", "--model.net.spans", "true")
+    student = ("--model.start", teacher, "--model.matching.teacher", teacher, "--model.matching.pairs_first", 3)
+    student += ("--model.sampler", "{steps: 1, solver: average}", "--model.optimizer.weight_decay", 0.5)
+    two = (
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.devices",
+        2,
+        "--trainer.strategy",
+        "ddp",
+        "--evaluation.every_n_epochs",
+        0,
+    )
+    # An epoch has 6 batches, so 3 optimizer steps.
+    steps = ("--trainer.accumulate_grad_batches", 2, "--trainer.max_epochs", 1, "--sampling.every_n_epochs", 0)
+    done = run("train.py", *common, *student, *two, *steps, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+    def changed(network):
+        began = torch.load(teacher, weights_only=True)["state_dict"]
+        now = torch.load(tmp_path / "runs/student/version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        return [not torch.equal(now[name.replace("net", network, 1)], weight) for name, weight in began.items()]
+
+    assert all(changed("net")) and not any(changed("fake")), "not even its weights decay"
+    done = run("train.py", "--ckpt_path", "last", "--trainer.max_epochs", 2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert all(changed("fake"))
 
 
 def test_the_fake_begins_as_the_teacher_and_pairs_come_from_the_start(tiny_run, tmp_path):

@@ -14,7 +14,8 @@ networks learn in the same step of the optimizer, and the loss of each leaves th
 the teacher.
 
 The student may also learn from pairs: the network that it started from draws a sample from the same noise in several steps,
-and the student's sample should be near to it. Then more samples belong to their class.
+and the student's sample should be near to it. Then more samples belong to their class. In the first steps of a run,
+the student may learn from pairs alone. Such a step is faster.
 
 The loss of `fake` for pairs of real data is smallest if the samples are distributed like the data. Validation logs this loss.
 
@@ -51,11 +52,14 @@ class DistributionMatching(Teacher):
             `fake` cannot follow, and the samples lose their variety (Yin et al. 2024, section 4.2).
         pairs: the weight of the distance between the student's sample and the sample that the network of `start` draws from the
             same noise, at least 0. The distance is smooth L1. 0 means no pairs.
+        pairs_first: the number of optimizer steps, at least 0, in which the student learns from pairs alone, with weight 1.
+            They are the first steps of the run. `fake` learns only after them.
 
     Attributes:
         net: the teacher's network.
         fake: the network that learns the velocity of the student's samples, or None before the training code sets it.
         draw: draws the other samples of the pairs, noise (B, ...) and labels (B,) -> data (B, ...), or None.
+        step: returns the number of optimizer steps so far. Without training code, it is 0.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -69,22 +73,32 @@ class DistributionMatching(Teacher):
         guidance_power: float = 0.0,
         student_rate: float = 0.2,
         pairs: float = 0.0,
+        pairs_first: int = 0,
     ) -> None:
         super().__init__(teacher, guidance, guidance_interval, guidance_power)
         if not 0 < student_rate <= 1:
             raise ValueError(f"student_rate must be above 0 and at most 1, got {student_rate}")
         if not 0 <= pairs < math.inf:
             raise ValueError(f"pairs must be at least 0, and finite, got {pairs}")
+        if pairs_first < 0:
+            raise ValueError(f"pairs_first must be at least 0, got {pairs_first}")
         self.student_rate = student_rate
         self.pairs = pairs
+        self.pairs_first = pairs_first
         self.draw: Callable[[Tensor, Tensor], Tensor] | None = None
         self.fake: Network | None = None
+        self.step: Callable[[], int] = lambda: 0
+
+    @property
+    def pairs_alone(self) -> bool:
+        """Whether the student learns from pairs alone in this step."""
+        return self.step() < self.pairs_first
 
     def losses(self, student: Network, x0: Tensor, noise: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Return the sum of both losses for each sample, (B,).
 
-        The gradient of the student's loss with respect to x is the step, divided by the number of its coordinates. The loss of
-        `fake` is that of flow matching.
+        Without pairs, the gradient of the student's loss with respect to x is the step, divided by the number of its
+        coordinates. The loss of `fake` is that of flow matching.
 
         Args:
             student: the network that learns to go from noise to data, built with spans.
@@ -99,6 +113,9 @@ class DistributionMatching(Teacher):
         if self.fake is None:
             raise ValueError("the network of the student's samples is unknown; set `fake` to a copy of the teacher")
         x = x0 + student(x0, torch.zeros_like(t), y, torch.ones_like(t))
+        if self.pairs_alone:
+            # In training with several processes, each parameter must have a gradient, here 0.
+            return self.distance(x, x0, y) + 0 * sum(parameter.sum() for parameter in self.fake.parameters())
         sample = x.detach()
         x_t, u_t = PATHS["linear"].point(noise, sample, t), sample - noise
         fake = self.fake(x_t, t, y)
@@ -106,10 +123,16 @@ class DistributionMatching(Teacher):
             real = self.velocity(x_t, t, y)
             own_error = (u_t - real).abs().flatten(1).mean(1)
             step = (fake - real) / own_error.view(-1, *[1] * (x.dim() - 1))
-        loss = (x - (sample - step)).square() / 2 + (fake - u_t).square()
-        if self.pairs:
-            loss = loss + self.pairs * F.smooth_l1_loss(x, self.pair(x0, y), reduction="none", beta=SMOOTH)
-        return loss.flatten(1).mean(1)
+        losses = ((x - (sample - step)).square() / 2 + (fake - u_t).square()).flatten(1).mean(1)
+        return losses + self.pairs * self.distance(x, x0, y) if self.pairs else losses
+
+    def distance(self, x: Tensor, x0: Tensor, y: Tensor) -> Tensor:
+        """Return the distance of each sample to the other sample of its pair: x, noise x0 (B, ...), labels y (B,) -> (B,).
+
+        Raises:
+            ValueError: if `draw` is not set.
+        """
+        return F.smooth_l1_loss(x, self.pair(x0, y), reduction="none", beta=SMOOTH).flatten(1).mean(1)
 
     @torch.no_grad()
     def pair(self, x0: Tensor, y: Tensor) -> Tensor:
@@ -119,5 +142,5 @@ class DistributionMatching(Teacher):
             ValueError: if `draw` is not set.
         """
         if self.draw is None:
-            raise ValueError("nothing draws the samples of the pairs; set `draw`, or set pairs to 0")
+            raise ValueError("nothing draws the samples of the pairs; set `draw`, or set pairs and pairs_first to 0")
         return self.draw(x0, y)

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from flowmatch_mnist.data.pairs import Pairs, PairsDataModule, position_of
@@ -89,7 +90,7 @@ class FlowMatching(LightningModule):
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
         self.net = net.to(memory_format=torch.channels_last) if channels_last else net
-        self.optimizer = optimizer or torch.optim.AdamW
+        self.optimizer = optimizer or AdamW
         self.warmup_steps = warmup_steps
         self.decay: Decay = decay
         self.sampler = sampler or Sampler()
@@ -159,16 +160,16 @@ class FlowMatching(LightningModule):
         """
         self.objective.prepare(lambda teacher: load_teacher(teacher, self.flow, self.device))
         matching, drawer = self.objective.matching, None
-        if matching and matching.pairs:
+        if matching and (matching.pairs or matching.pairs_first):
             drawer, matching.draw = load_drawer(str(self.start), self.device)
+            matching.step = lambda: self.trainer.global_step
         if self.objective.exact_until and not self.prepare_exact_field():
             raise UserError(
                 "exact_until needs data without dequantization, and noise that is independent of the data; set "
                 "--model.exact_until 0, or --data.dequantize false and --data.coupling independent"
             )
         if self.compiles:
-            nets = (self.net, self.fake, getattr(self.objective.teacher, "net", None), drawer)
-            for net in filter(None, nets):
+            for net in filter(None, (self.net, self.fake, getattr(self.objective.teacher, "net", None), drawer)):
                 compile_in_place(net, self.device, None if self.compiles is True else self.compiles)
 
     def prepare_exact_field(self) -> bool:
@@ -195,8 +196,10 @@ class FlowMatching(LightningModule):
         self.last_loss = loss.detach()
         return loss
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Compute the norm of the gradients before clipping. In a logged step, log the norm, the loss and the learning rate."""
+        if self.fake and self.objective.matching and self.objective.matching.pairs_alone:
+            self.fake.zero_grad()  # without gradients, it keeps its weights: there is no weight decay either
         self._norm = norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         step = self.trainer.global_step + 1
         logged = is_logged(self.trainer, step)
@@ -211,10 +214,7 @@ class FlowMatching(LightningModule):
             log_scalars(self.trainer, {**scalars, "epoch": self.current_epoch}, step - 1)
 
     def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip the gradients as the trainer asks. To clip by the norm, use the norm that was just computed.
 
