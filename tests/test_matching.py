@@ -276,6 +276,8 @@ def test_a_student_by_the_command_line(tiny_run, tmp_path, few_digits):
     student = ("--model.net.spans", "true", "--model.matching.teacher", teacher, "--model.label_dropout", 0)
     one_step = ("--model.sampler", "{steps: 1, solver: average}")
     assert_one_line_error(run_here("train.py", *common, *student, *one_step, cwd=tmp_path), "set start")
+    other = ("--model.start", teacher, "--model.matching.teacher", "mnist", "--name", "other")
+    assert_one_line_error(run_here("train.py", *common, *student, *one_step, *other, cwd=tmp_path), "mnist.safetensors")
     start = shutil.copy(teacher, tmp_path / "start.ckpt")
     student += ("--model.start", start)
     done = run_here("train.py", *common, *student, *one_step, cwd=tmp_path)
