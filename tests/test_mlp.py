@@ -43,3 +43,15 @@ def test_a_layer_adds_to_its_input_what_the_embedding_scales_and_shifts():
 def test_sizes_must_be_positive(name):
     with pytest.raises(ValueError, match="positive"):
         MLP(**{name: 0})
+
+
+def test_compiled_gradients_are_sums_in_a_fixed_order():
+    net, threads = MLP(classes=10, width=8, layers=1), torch.get_num_threads()
+    x, t, y = torch.randn(4096, 2), torch.rand(4096), torch.randint(10, (4096,))
+    net.compile()
+    torch.set_num_threads(2)
+    try:
+        gradients = [torch.autograd.grad(net(x, t, y).square().mean(), list(net.parameters())) for _ in range(20)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(all(map(torch.equal, gradients[0], other)) for other in gradients)

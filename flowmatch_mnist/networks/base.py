@@ -73,7 +73,9 @@ class Network(nn.Module):
         Raises:
             ValueError: if `until` is given, but the network was built without spans.
         """
-        h = self.time(t) + self.label(y)
+        # Compiled, the gradient of self.label(y) is a sum in no fixed order, because threads add at the same time.
+        is_label = y[:, None] == torch.arange(self.no_label + 1, device=y.device)
+        h = self.time(t) + (is_label[:, :, None] * self.label.weight).sum(1)
         if self.spans:
             h = h + self.span(torch.zeros_like(t) if until is None else until - t)
         elif until is not None:
