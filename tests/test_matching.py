@@ -177,9 +177,9 @@ def test_in_the_first_steps_a_sample_is_only_drawn_to_its_pair(pairs):
     later = between(student, pairs=pairs)
     matching = between(student, pairs=pairs, pairs_first=2)
     matching.draw = later.draw = lambda noise, labels: noise + labels[0] - 2
-    matching.step = lambda: 2
+    matching.steps_taken = lambda: 2
     torch.testing.assert_close(matching.losses(student, x0, noise, t, y), later.losses(student, x0, noise, t, y))
-    matching.step, matching.net, matching.fake = lambda: 1, None, nn.Linear(2, 2)
+    matching.steps_taken, matching.net, matching.fake = lambda: 1, None, nn.Linear(2, 2)
     found = matching.losses(student, x0, noise, t, y)
     distance = (0.2 + 0.6 * x0 - (x0 - 2)).abs()
     torch.testing.assert_close(found, (distance - 0.005).flatten(1).mean(1))
@@ -195,19 +195,11 @@ def test_two_processes_learn_from_pairs_alone_in_the_first_optimizer_steps(tiny_
     common = ("--config", TINY, "--data.data_dir", data_dir, "--name", "student", "--model.net.spans", "true")
     student = ("--model.start", teacher, "--model.matching.teacher", teacher, "--model.matching.pairs_first", 3)
     student += ("--model.sampler", "{steps: 1, solver: average}", "--model.optimizer.weight_decay", 0.5)
-    two = (
-        "--trainer.accelerator",
-        "cpu",
-        "--trainer.devices",
-        2,
-        "--trainer.strategy",
-        "ddp",
-        "--evaluation.every_n_epochs",
-        0,
-    )
+    two = ("--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.strategy", "ddp")
     # An epoch has 6 batches, so 3 optimizer steps.
-    steps = ("--trainer.accumulate_grad_batches", 2, "--trainer.max_epochs", 1, "--sampling.every_n_epochs", 0)
-    done = run("train.py", *common, *student, *two, *steps, cwd=tmp_path)
+    steps = ("--trainer.accumulate_grad_batches", 2, "--trainer.max_epochs", 1)
+    quiet = ("--sampling.every_n_epochs", 0, "--evaluation.every_n_epochs", 0)
+    done = run("train.py", *common, *student, *two, *steps, *quiet, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
     def changed(network):

@@ -59,7 +59,7 @@ class DistributionMatching(Teacher):
         net: the teacher's network.
         fake: the network that learns the velocity of the student's samples, or None before the training code sets it.
         draw: draws the other samples of the pairs, noise (B, ...) and labels (B,) -> data (B, ...), or None.
-        step: returns the number of optimizer steps so far. Without training code, it is 0.
+        steps_taken: returns the number of optimizer steps so far. Without training code, it is 0.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -87,12 +87,12 @@ class DistributionMatching(Teacher):
         self.pairs_first = pairs_first
         self.draw: Callable[[Tensor, Tensor], Tensor] | None = None
         self.fake: Network | None = None
-        self.step: Callable[[], int] = lambda: 0
+        self.steps_taken: Callable[[], int] = lambda: 0
 
     @property
     def pairs_alone(self) -> bool:
         """Whether the student learns from pairs alone in this step."""
-        return self.step() < self.pairs_first
+        return self.steps_taken() < self.pairs_first
 
     def losses(self, student: Network, x0: Tensor, noise: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Return the sum of both losses for each sample, (B,).

@@ -162,7 +162,7 @@ class FlowMatching(LightningModule):
         matching, drawer = self.objective.matching, None
         if matching and (matching.pairs or matching.pairs_first):
             drawer, matching.draw = load_drawer(str(self.start), self.device)
-            matching.step = lambda: self.trainer.global_step
+            matching.steps_taken = lambda: self.trainer.global_step
         if self.objective.exact_until and not self.prepare_exact_field():
             raise UserError(
                 "exact_until needs data without dequantization, and noise that is independent of the data; set "
