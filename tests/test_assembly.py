@@ -24,6 +24,7 @@ from flowmatch_mnist.training import cli
 from flowmatch_mnist.training.arguments import complete, find_checkpoint, find_config, option, run_folder
 from flowmatch_mnist.training.best import KeepBest
 from flowmatch_mnist.training.config import LogConfig
+from flowmatch_mnist.training.evaluation import Evaluate
 from flowmatch_mnist.training.folder import RunFolder
 from flowmatch_mnist.training.saving import CheckpointFiles
 from flowmatch_mnist.training.tensorboard import Board
@@ -278,6 +279,8 @@ def test_other_commands_write_beside_the_run(assemble, tmp_path, command, config
         (board,) = made.trainer.loggers
         assert (board.log_dir, board.at) == (str(folder / command), 7)
         assert made.rest[2] is False, "Evaluate's table is the only one"
+        assert of(made.trainer, Evaluate).verbose
+        assert not of(assemble(command, "--ckpt_path", path, "--verbose", "false").trainer, Evaluate).verbose
     assert not any(type(callback).__name__ == "LogConfig" for callback in made.trainer.callbacks)
     assert_one_line_error(assemble(command).done, f"{command} needs a trained model", "--ckpt_path")
 

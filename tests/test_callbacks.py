@@ -353,6 +353,11 @@ def measured(trainer, tmp_path, monkeypatch):
 
 def test_a_report_has_all_scores_on_the_screen_and_in_its_file(trainer, measured, tmp_path, capsys):
     evaluate, module = measured
+    evaluate.verbose = False
+    evaluate.report(trainer, module, "test")
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'metrics-last-test.json'} after 3 s of drawing and 2 s of measuring\n"
+    evaluate.splits.clear()
+    evaluate.verbose = True
     evaluate.report(trainer, module, "test")
     lines = capsys.readouterr().out.splitlines()
     how = "euler, 4 steps, guidance 1 (NFE 8), seed 5"

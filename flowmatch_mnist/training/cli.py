@@ -19,7 +19,7 @@ from flowmatch_mnist.data.pairs import PairsDataModule
 from flowmatch_mnist.sampling.weights import DESCRIPTION_KEY, draws_digits, read_checkpoint, stored_arguments
 from flowmatch_mnist.support.errors import UserError, exit_on_error, one_line
 from flowmatch_mnist.training.arguments import NEWEST, RUNS, complete, find_checkpoint, option, run_folder
-from flowmatch_mnist.training.best import KeepBest
+from flowmatch_mnist.training.best import KeepBest, evaluations
 from flowmatch_mnist.training.config import LogConfig
 from flowmatch_mnist.training.console import Bar, Report, what_next
 from flowmatch_mnist.training.distributed import is_first
@@ -57,12 +57,14 @@ class CLI(LightningCLI):
         lock: the lock of this folder during `fit`.
         stored_step: the step at which the given checkpoint was saved, or None.
         resumes: whether the command works in the folder of an earlier run.
+        verbose: whether `validate` and `test` print their table.
     """
 
     folder: Path | None = None
     lock: FileLock | None = None
     stored_step: int | None = None
     resumes = False
+    verbose = True
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -122,7 +124,7 @@ class CLI(LightningCLI):
         if self.subcommand != "fit":
             self.save_config_callback = None
         if self.subcommand in ("validate", "test"):
-            config.verbose = False  # Evaluate prints a table of its own
+            self.verbose, config.verbose = config.verbose, False  # Evaluate prints a table instead of Lightning's
 
     def instantiate_classes(self) -> None:
         try:
@@ -168,6 +170,8 @@ class CLI(LightningCLI):
             self.check()
         if self.subcommand == "fit" and self.trainer.is_global_zero:
             self.announce()
+        for evaluate in evaluations(self.trainer):
+            evaluate.verbose = self.verbose
 
     def check(self) -> None:
         """Raise UserError for an unsupported precision, too small batches, and a checkpoint of another model."""

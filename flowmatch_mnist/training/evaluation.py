@@ -60,6 +60,8 @@ class Evaluate(Periodic):
         ValueError: if a number is out of its range.
     """
 
+    verbose = True  # whether `validate` and `test` print the table; the command line sets it from --verbose
+
     def __init__(
         self,
         every_n_epochs: int = 0,
@@ -121,7 +123,7 @@ class Evaluate(Periodic):
         self._publish(trainer)
 
     def report(self, trainer: Trainer, module: FlowMatching, split: Literal["val", "test"]) -> None:
-        """Compare many samples with the split, print the table and write the file."""
+        """Compare many samples with the split, print the table if `verbose` is set, and write the file."""
         started = time.perf_counter()
         samples = self.sample(trainer, module, module.sampler, split, self.test_samples)
         drawn = time.perf_counter()
@@ -132,16 +134,16 @@ class Evaluate(Periodic):
         measurements = self.measure(trainer, module, samples, split)
         seconds = {"drawing": round(drawn - started, 1), "measuring": round(time.perf_counter() - begun, 1)}
         loss = trainer.callback_metrics[f"loss/{split}"].item()
-        print(
-            f"{len(samples.labels):,} samples with the labels of the {split} split, {module.sampler.description()} "
-            f"(NFE {samples.evaluations}), seed {self.seed}; compared with that split\n"
-            f"{table(measurements)}\n{f'loss/{split}':36}{loss:18.4f}"
-        )
-        for number, point in enumerate(by_steps):
-            words = ", ".join(f"{title} {Estimate(**score)}" for title, score in point["scores"].items())
+        if self.verbose:
             print(
-                f"{'and' if number else f'{self.samples:,} samples'} with {point['evaluations']} network evaluations: {words}"
+                f"{len(samples.labels):,} samples with the labels of the {split} split, {module.sampler.description()} "
+                f"(NFE {samples.evaluations}), seed {self.seed}; compared with that split\n"
+                f"{table(measurements)}\n{f'loss/{split}':36}{loss:18.4f}"
             )
+            for number, point in enumerate(by_steps):
+                which = "and" if number else f"{self.samples:,} samples"
+                words = ", ".join(f"{title} {Estimate(**score)}" for title, score in point["scores"].items())
+                print(f"{which} with {point['evaluations']} network evaluations: {words}")
         checkpoint = Path(trainer.ckpt_path or "")  # "" in your own program, if it measures a network that is in memory
         report = checkpoint.parent / f"{'-'.join(filter(None, ('metrics', checkpoint.stem, split)))}.json"
         save_json(
