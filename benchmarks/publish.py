@@ -44,11 +44,12 @@ def described(checkpoint: Path, options: argparse.Namespace) -> dict[str, str]:
     folder = run_folder(checkpoint)
     if folder is None:
         raise UserError(f"{checkpoint} is not in the folder of a run, which has its config; use last.ckpt of a run")
-    config = (folder / "config.yaml").read_text()
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["trainer"]["default_root_dir"] = None  # a folder of one machine means nothing on another
     return {
         "command": options.command,
-        "config": config,
-        "seed": str(yaml.safe_load(config)["seed_everything"]),
+        "config": yaml.safe_dump(config, sort_keys=False),
+        "seed": str(config["seed_everything"]),
         "steps": str(read_checkpoint(checkpoint)["global_step"]),
         "machine": options.machine,
     }
