@@ -167,9 +167,22 @@ def test_a_run_that_has_ended_leaves_its_folder_to_others(tmp_path):
         lock_folder(tmp_path).release()
 
 
-def test_an_error_before_anything_is_written_leaves_no_folder(tmp_path):
-    assert_one_line_error(run_here("train.py", *TOY, "--trainer.precision", "64-true", cwd=tmp_path), "64-true")
-    assert not list((tmp_path / "runs/toy").iterdir())
+def test_a_mistake_before_the_first_step_leaves_no_folder(tmp_path):
+    by_quality = ["--checkpoint.monitor", "quality/recall"]
+    for mistake, words in (
+        (["--trainer.precision", "64-true"], "64-true"),
+        ([*by_quality, "--evaluation.every_n_epochs", 0], "needs measurements"),
+        (["--model.start", "mnist"], "mnist"),
+    ):
+        assert_one_line_error(run_here("train.py", *TOY, *mistake, cwd=tmp_path), words)
+        assert not list((tmp_path / "runs/toy").iterdir())
+    fit(tmp_path)
+    last = tmp_path / "runs/toy/version_0/checkpoints/last.ckpt"
+    stored = last.read_bytes()
+    for again in ("last", last):
+        wrong = [*by_quality, "--evaluation.every_n_epochs", 0, "--trainer.max_epochs", 9, "--ckpt_path", again]
+        assert_one_line_error(run_here("train.py", *TOY, *wrong, cwd=tmp_path), "needs measurements")
+        assert [path.name for path in (tmp_path / "runs/toy").iterdir()] == ["version_0"] and last.read_bytes() == stored
 
 
 def test_the_best_of_several_checkpoints_is_the_best(tmp_path):

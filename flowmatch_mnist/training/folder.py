@@ -1,6 +1,7 @@
 """A run's folder `<root>/<name>/version_<n>`. A run creates it before it writes, and only one run at a time trains in it."""
 
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -22,11 +23,13 @@ class RunFolder(Callback):
     Args:
         path: the folder; None for a run that keeps nothing. All processes use the first process's value.
         lock: the lock of the folder; it is released when the run ends.
+        new: whether this run created the folder.
     """
 
-    def __init__(self, path: Path | None, lock: FileLock | None = None) -> None:
+    def __init__(self, path: Path | None, lock: FileLock | None = None, new: bool = False) -> None:
         self.path = path
         self.lock = lock
+        self.new = new
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Use the folder of the first process."""
@@ -38,8 +41,13 @@ class RunFolder(Callback):
             self.lock.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Release the folder after an error too."""
+        """Release the folder after an error too. A new folder is removed if a mistake of the user prevents the first step."""
         self.teardown(trainer, pl_module, "fit")
+        if self.path is not None and self.new and isinstance(exception, UserError) and not trainer.global_step:
+            for logger in trainer.loggers:
+                logger.finalize("failed")
+            trainer.loggers = []  # Lightning would finalize them again, and they would write into the folder
+            shutil.rmtree(self.path, ignore_errors=True)
 
 
 def folder_of(trainer: Trainer) -> Path | None:
