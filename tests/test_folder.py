@@ -93,6 +93,29 @@ def test_all_processes_learn_the_folder_and_leave_it_at_the_end():
     RunFolder(None).teardown(None, None, "fit")
 
 
+@pytest.mark.parametrize(
+    ("new", "error", "step", "stays"),
+    [
+        (True, UserError("a mistake"), 0, False),
+        (True, UserError("a mistake"), 1, True),
+        (True, ValueError("a fault"), 0, True),
+        (False, UserError("a mistake"), 0, True),
+    ],
+)
+def test_a_mistake_before_the_first_step_removes_a_new_folder_without_loggers(tmp_path, monkeypatch, new, error, step, stays):
+    (path := tmp_path / "version_0").mkdir()
+    (path / "events").touch()
+    logger = mock.Mock()
+    trainer = SimpleNamespace(global_step=step, loggers=[logger])
+    RunFolder(path, mock.Mock(), new).on_exception(trainer, None, error)
+    assert path.exists() == stays and trainer.loggers == ([logger] if stays else [])
+    assert logger.finalize.call_args_list == ([] if stays else [mock.call("failed")])
+    path.mkdir(exist_ok=True)
+    monkeypatch.setattr("os.rmdir", mock.Mock(side_effect=OSError("in use")))
+    RunFolder(path, mock.Mock(), new).on_exception(trainer, None, error)  # raises nothing
+    assert path.exists()
+
+
 @pytest.mark.parametrize("name", ["", ".", ".x", "x.", "x ", "a/b", "a\\b", "a:b", "a*", "a?", 'a"', "a<", "a>", "a|", "a\n"])
 def test_what_is_no_name_of_a_folder(name):
     with pytest.raises(UserError, match="--name"):

@@ -169,12 +169,15 @@ def test_a_sample_is_also_drawn_to_its_pair():
     distance = (0.2 + 0.6 * x0 - (x0 - 2)).abs()
     assert distance.min() > 0.01
     torch.testing.assert_close(found - alone, 0.5 * (distance - 0.005).flatten(1).mean(1))
+    matching.draw = lambda noise, labels: noise * nn.Parameter(torch.ones(1))
+    assert not matching.pair(x0, y).requires_grad, "a pair is a target, and its network learns nothing"
 
 
 @pytest.mark.parametrize("pairs", [0.0, 0.5])
 def test_in_the_first_steps_a_sample_is_only_drawn_to_its_pair(pairs):
     student, (x0, noise, t, y) = Student(0.2, 0.6), draws(8)
     later = between(student, pairs=pairs)
+    assert between(student, pairs_first=1).pairs_alone, "no step was taken yet"
     matching = between(student, pairs=pairs, pairs_first=2)
     matching.draw = later.draw = lambda noise, labels: noise + labels[0] - 2
     matching.steps_taken = lambda: 2
