@@ -57,7 +57,6 @@ class CLI(LightningCLI):
         lock: the lock of this folder during `fit`.
         stored_step: the step at which the given checkpoint was saved, or None.
         resumes: whether the command works in the folder of an earlier run.
-        new: whether this command created the folder.
         verbose: whether `validate` and `test` print their table.
     """
 
@@ -65,7 +64,6 @@ class CLI(LightningCLI):
     lock: FileLock | None = None
     stored_step: int | None = None
     resumes = False
-    new = False
     verbose = True
 
     @staticmethod
@@ -137,14 +135,14 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self.config_init[self.subcommand].trainer
         if self.subcommand == "fit" and not settings.fast_dev_run and is_first():
-            self.new = self.folder is None
             self.folder = self.folder or create_version(self.versions)
             self.lock = lock_folder(self.folder)
         with release_on_error(self.folder, self.lock):
             # By default, Lightning looks for SLURM's files in this folder, and other callbacks and plugins write there.
             kwargs["default_root_dir"] = self.folder or self.versions
-            # Report is first, so its clock stops before the other callbacks use time.
-            kwargs["callbacks"] = [RunFolder(self.folder, self.lock, self.new), Report(), *as_list(settings.callbacks)]
+            folder = RunFolder(self.folder, self.lock, new=self.lock is not None and not self.resumes)
+            # Report comes early, so its clock stops before the other callbacks use time.
+            kwargs["callbacks"] = [folder, Report(), *as_list(settings.callbacks)]
             bars = [callback for callback in kwargs["callbacks"] if isinstance(callback, ProgressBar)]
             callbacks: list[Callback] = [WriteSamples()]
             if settings.enable_progress_bar is not False and not bars:
